@@ -47,14 +47,20 @@ COLORED = torch.tensor([(220, 20, 60), (0, 128, 128), (253, 233, 16), (0, 149, 1
 DOUBLE_BACKGROUND = torch.tensor([(0, 100, 0), (0, 0, 139), (176, 48, 96), (255, 69, 0), (255, 255, 0), (222, 184, 135),
                                   (0, 255, 0), (0, 255, 255), (255, 0, 255), (100, 149, 237)])
 DOUBLE_FOREGROUND = DOUBLE_BACKGROUND.roll(-6, 0)
-# Kim et al.'s "0.02" is the variance of the colour on the [0, 1] scale; the authors' double-colored has std 0.01.
-COLOR_STD = {"colored": 0.02 ** 0.5, "double-colored": 0.01}
+COLOR_VARIANCE = 0.02                       # of one image's colour around its class colour, on the [0, 1] scale
 
 DTD_FILES = {  # the paper's textures for classes 0..9, in DTD's own layout: images/striped/striped_0001.jpg
     "striped": ("0001", "0091", "0008", "0043", "0092", "0028", "0097", "0004", "0125", "0033"),  # foreground
     "veined": ("0066", "0067", "0073", "0180", "0131", "0157", "0158", "0104", "0188", "0189"),   # background
 }
 TEXTURE_SIZE, TEXTURE_PAD = 150, 3          # textures are scaled to 150x150 and padded by reflection (authors' code)
+
+
+class Parts(NamedTuple):
+    """What images are made of, uint8: `mask` (N, 1, 32, 32), `foreground` and `background` (N, 3, 32, 32) or (N, 3, 1, 1)."""
+    mask: torch.Tensor
+    foreground: torch.Tensor
+    background: torch.Tensor
 
 
 class Variant(NamedTuple):
@@ -177,7 +183,8 @@ def _patches(textures: torch.Tensor, labels: torch.Tensor, generator: torch.Gene
 # -------------------------------------------------------------------------------------------------------------- variants
 
 def load(name: str, split: str, *, agreement: Optional[float] = None, seed: int = 0,
-         textures: Optional[str | os.PathLike] = None, root: str | os.PathLike = "data/mnist") -> Variant:
+         textures: Optional[str | os.PathLike] = None, variance: float = COLOR_VARIANCE,
+         root: str | os.PathLike = "data/mnist") -> Variant:
     """One split of a variant, a pure function of its arguments (appendix A.2).
 
     name       colored, double-colored or wildlife
@@ -185,8 +192,18 @@ def load(name: str, split: str, *, agreement: Optional[float] = None, seed: int 
     agreement  probability that the foreground carries the shape's label, else it is uniform over the other nine; for the
                background the same, drawn separately. Default: 1 for train, 0.1 for val and test, where labels are uniform
     textures   wildlife: folder in DTD's layout with the paper's twenty pictures; None draws textures
+    variance   colored and double-colored: of an image's colour around its class colour, on the [0, 1] scale
     Raises ValueError for an unknown name or split, an agreement outside [0, 1] and for files that are not as they should be.
     """
+    parts, labels = load_parts(name, split, agreement=agreement, seed=seed, textures=textures, variance=variance, root=root)
+    return Variant(compose(*parts), *labels)
+
+
+def load_parts(name: str, split: str, *, agreement: Optional[float] = None, seed: int = 0,
+               textures: Optional[str | os.PathLike] = None, variance: float = COLOR_VARIANCE,
+               root: str | os.PathLike = "data/mnist"
+               ) -> tuple[Parts, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """What `load` composes its images of, and their labels (shape, foreground, background); same arguments and errors."""
     if name not in NAMES:
         raise ValueError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}")
     if split not in SPLITS:
@@ -200,24 +217,31 @@ def load(name: str, split: str, *, agreement: Optional[float] = None, seed: int 
     if split != "test":
         part = slice(0, 50_000) if split == "train" else slice(50_000, 60_000)
         digits, shape = digits[part], shape[part]
-    digits = F.interpolate(digits[:, None], size=SIZE, mode="nearest")                  # (N, 1, 32, 32) uint8
+    mask = F.interpolate(digits[:, None], size=SIZE, mode="nearest")
 
     generator = torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
     foreground = _other_labels(shape, agreement, generator)
     background = _other_labels(shape, agreement, generator)
     if name == "colored":
         background = torch.full_like(shape, -1)
-        color = _colors(COLORED[foreground], COLOR_STD[name], generator)
-        images = (digits.float() / 255 * color).round_().byte()
+        fore = _colors(COLORED[foreground], variance, generator)
+        back = torch.zeros_like(fore)
     else:
+        mask = torch.where(mask > 0.1 * 255, 255, 0).byte()                             # the authors binarise here
         if name == "double-colored":
-            fore = _colors(DOUBLE_FOREGROUND[foreground], COLOR_STD[name], generator).byte()
-            back = _colors(DOUBLE_BACKGROUND[background], COLOR_STD[name], generator).byte()
+            fore = _colors(DOUBLE_FOREGROUND[foreground], variance, generator)
+            back = _colors(DOUBLE_BACKGROUND[background], variance, generator)
         else:
             striped, veined = draw_textures() if textures is None else read_textures(textures)
             fore, back = _patches(striped, foreground, generator), _patches(veined, background, generator)
-        images = torch.where(digits > 0.1 * 255, fore, back)
-    return Variant(images, shape, foreground, background)
+    return Parts(mask, fore, back), (shape, foreground, background)
+
+
+def compose(mask: torch.Tensor, foreground: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
+    """The picture that uint8 parts (see `Parts`) make, (N, 3, 32, 32) uint8: equation 2 with the mask as 0..255."""
+    if ((mask == 0) | (mask == 255)).all():
+        return torch.where(mask > 0, foreground, background)
+    return torch.lerp(background.float(), foreground.float(), mask.float() / 255).round_().byte()
 
 
 def _other_labels(shape: torch.Tensor, agreement: float, generator: torch.Generator) -> torch.Tensor:
@@ -225,10 +249,10 @@ def _other_labels(shape: torch.Tensor, agreement: float, generator: torch.Genera
     return torch.where(torch.rand(shape.shape, generator=generator) < agreement, shape, other)
 
 
-def _colors(mean: torch.Tensor, std: float, generator: torch.Generator) -> torch.Tensor:
-    """One colour an image, N(mean, std^2) on the [0, 1] scale, clipped: (N, 3, 1, 1) float, whole numbers in 0..255."""
+def _colors(mean: torch.Tensor, variance: float, generator: torch.Generator) -> torch.Tensor:
+    """One colour an image, N(mean, variance) on the [0, 1] scale, clipped: (N, 3, 1, 1) uint8."""
     noise = torch.randn(mean.shape, generator=generator)
-    return (mean + 255 * std * noise).clamp(0, 255).round()[:, :, None, None]
+    return (mean + 255 * variance ** 0.5 * noise).clamp(0, 255).round().byte()[:, :, None, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------- sheets
@@ -256,8 +280,13 @@ def save_sheet(path: str | os.PathLike, images: torch.Tensor, rows: list[str], c
             picture = Image.fromarray(images[r, c].permute(1, 2, 0).numpy())
             picture = picture.resize((width - gap, height - gap), Image.NEAREST)
             sheet.paste(picture, (left + c * width, 18 + r * height))
+    save_png(path, sheet)
+
+
+def save_png(path: str | os.PathLike, picture: Image.Image) -> None:
+    """Write a picture as PNG, atomically. Raises OSError."""
     content = io.BytesIO()
-    sheet.save(content, format="PNG")
+    picture.save(content, format="PNG")
     write_file(path, content.getvalue())
 
 

@@ -1,0 +1,264 @@
+"""Classifiers that do not take the easy way: Table 2 and Figure 7 of Counterfactual Generative Networks (ICLR 2021).
+
+On the training split of an MNIST variant shape, foreground and background all give the label away; on the test split only
+the shape does. The same CNN is trained on
+
+    original        the biased training split alone
+    original+gan    and as many samples of a conditional GAN, whose images are biased alike
+    cgn             counterfactual images of a CGN alone
+    original+cgn    and real ones: the paper's method
+    randomised      real images whose foreground and background labels are random: a ceiling no method here may reach
+    recombined      the same with ten random foregrounds and backgrounds a digit: the ceiling of ten counterfactuals a shape
+
+    python classify.py --table --dataset colored --seeds 0 1 2     # trains what is missing, writes runs/table.md
+    python classify.py --figure --dataset colored                  # Figure 7 as runs/figure7-colored.png
+"""
+import argparse
+import json
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import Optional, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import cgn
+import evaluate
+import mnist_variants
+
+METHODS = ("original", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
+LABELS = ("shape", "foreground", "background")
+BATCH = 64
+EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
+# Real images in a batch of 64 when counterfactuals are the others. At half, the classifier learns to tell real from
+# generated and takes the easy way on the real ones; see the README.
+REAL_SHARE = {"gan": 32, "cgn": 4}
+
+Source = tuple[torch.Tensor, torch.Tensor, int]     # images (N, 3, 32, 32) uint8, labels (N,), how many of them in a batch
+
+
+class Classifier(nn.Sequential):
+    """The paper's CNN for all MNIST experiments (C.4; layers from the authors' code): (N, 3, 32, 32) in [-1, 1] -> (N, C)."""
+
+    def __init__(self, classes: int = 10):
+        super().__init__(
+            nn.BatchNorm2d(3), nn.Conv2d(3, 32, 5), nn.ReLU(), nn.MaxPool2d(3, 2, 1),       # (N, 32, 14, 14)
+            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),                           # (N, 64, 7, 7)
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+            nn.AvgPool2d(7), nn.Flatten(), nn.Linear(64, classes))                          # (N, C)
+
+
+def fit(sources: Sequence[Source], steps: int, seed: int = 0, classes: int = 10, bf16: bool = False) -> Classifier:
+    """Train a classifier on batches that mix the sources in fixed numbers: Adadelta, learning rate 1, x 0.7 an epoch.
+
+    A pure function of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns it in eval mode.
+    """
+    torch.manual_seed(seed)
+    model = Classifier(classes).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // EPOCHS), 0.7)
+    for step in range(steps):
+        generator = cgn.rng(seed, step)
+        chosen = [torch.from_numpy(generator.integers(len(images), size=count)) for images, _, count in sources]
+        x = torch.cat([images[index] for (images, _, _), index in zip(sources, chosen)])
+        y = torch.cat([labels[index] for (_, labels, _), index in zip(sources, chosen)])
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            scores = model(cgn.to_float(x))
+        loss = F.cross_entropy(scores.float(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Predicted class (N,) of uint8 images (N, 3, 32, 32)."""
+    return torch.cat([model(cgn.to_float(part)).argmax(dim=1) for part in images.split(1000)])
+
+
+def sources(method: str, real: mnist_variants.Variant, label: str, generated: Optional[mnist_variants.Variant],
+            ) -> list[Source]:
+    """What a method's classifier is trained on; `generated` are a GAN's or a CGN's images where the method uses them."""
+    if generated is None:
+        return [(real.images, getattr(real, label), BATCH)]
+    if method == "cgn":
+        return [(generated.images, getattr(generated, label), BATCH)]
+    share = REAL_SHARE[method.removeprefix("original+")]
+    return [(real.images, getattr(real, label), share), (generated.images, getattr(generated, label), BATCH - share)]
+
+
+# -------------------------------------------------------------------------------------------------------- runs and results
+
+def train_generator(args: argparse.Namespace, dataset: str, model: str, seed: int) -> Path:
+    """The checkpoint of a trained CGN or GAN below --runs; trains or continues it first where it is not finished."""
+    out = Path(args.runs) / f"{dataset}-{model}-{seed}"
+    command = ["--dataset", dataset, "--model", model, "--seed", str(seed), "--out", str(out), "--mnist", args.mnist,
+               "--variance", str(args.variance)]
+    if args.textures and dataset == "wildlife":
+        command += ["--textures", args.textures]
+    if args.bf16:
+        command += ["--bf16"]
+    if args.generator_steps:
+        command += ["--steps", str(args.generator_steps)]
+    cgn.main(command)
+    return out / "checkpoint.pt"
+
+
+@lru_cache(maxsize=1)       # cgn and original+cgn, one after the other, learn from the same images
+def generate(checkpoint: Path, count: int, seed: int, per_shape: int) -> mnist_variants.Variant:
+    """Images and labels drawn from the CGN or GAN of a checkpoint."""
+    return cgn.counterfactuals(cgn.load(checkpoint), count, seed, per_shape)
+
+
+def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count: int, per_shape: int,
+        splits: Sequence[str] = ("train", "val", "test")) -> dict:
+    """One cell of Table 2: train the generator (if the method has one) and the classifier with `seed`, measure accuracies.
+
+    Returns a row of results; a row that --runs/results.jsonl already holds is not computed again.
+    """
+    row = {"dataset": dataset, "method": method, "seed": seed, "label": args.label, "steps": args.steps,
+           "count": count if "gan" in method or "cgn" in method else 0, "per_shape": per_shape if "cgn" in method else 0,
+           "data": ("DTD textures" if args.textures else "drawn textures") if dataset == "wildlife" else f"variance {args.variance}"}
+    path = Path(args.runs) / "results.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        held = json.loads(line)
+        if all(held.get(key) == value for key, value in row.items()):
+            return held
+    started = time.time()
+    data = {"textures": args.textures, "variance": args.variance, "root": args.mnist, "seed": seed}
+    generated = None
+    if "gan" in method or "cgn" in method:
+        checkpoint = train_generator(args, dataset, "gan" if "gan" in method else "cgn", seed)
+        generated = generate(checkpoint, count, seed, per_shape)
+    if method == "recombined":
+        versions = [mnist_variants.load(dataset, "train", agreement=0.1, **{**data, "seed": 10 * seed + k}) for k in range(10)]
+        real = mnist_variants.Variant(*(torch.cat(parts) for parts in zip(*versions)))
+    else:
+        real = mnist_variants.load(dataset, "train", agreement=0.1 if method == "randomised" else 1.0, **data)
+    classifier = fit(sources(method, real, args.label, generated), args.steps, seed, bf16=args.bf16)
+    for split in splits:
+        held_out = mnist_variants.load(dataset, split, **data)
+        row[split] = evaluate.accuracy(predict(classifier, held_out.images), getattr(held_out, args.label))
+    row["seconds"] = round(time.time() - started)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{dataset}, {method}, seed {seed}: " + ", ".join(f"{split} {100 * row[split]:.1f} %" for split in splits)
+          + f" ({row['seconds']} s)", flush=True)
+    return row
+
+
+def table(args: argparse.Namespace) -> str:
+    """Table 2 as Markdown: train and test accuracy in percent, mean and sample standard deviation over seeds."""
+    rows = {(dataset, method): [] for dataset in args.dataset for method in args.method}
+    for dataset in args.dataset:
+        for seed in args.seeds:
+            for method in args.method:
+                rows[dataset, method].append(run(args, dataset, method, seed, count=args.count, per_shape=args.per_shape))
+    lines = [f"| {args.label} label | " + " | ".join(f"{name}: train | test" for name in args.dataset) + " |",
+             "|---" * (1 + 2 * len(args.dataset)) + "|"]
+    for method in args.method:
+        cells = []
+        for dataset in args.dataset:
+            for split in ("train", "test"):
+                mean, std = evaluate.mean_std([row[split] for row in rows[dataset, method]])
+                cells.append(f"{100 * mean:.1f} ± {100 * std:.1f}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure7(args: argparse.Namespace, dataset: str, path: Path) -> None:
+    """Figure 7: test accuracy of original+cgn against the number of counterfactuals, for 1 and for 10 a shape, as a PNG."""
+    curves = {}
+    for per_shape, counts in ((1, (10_000, 100_000)), (10, (10_000, 100_000, 1_000_000))):
+        rows = [run(args, dataset, "original+cgn", args.seeds[0], count=count, per_shape=per_shape) for count in counts]
+        curves[f"{per_shape} per shape"] = [(row["count"], 100 * row["test"]) for row in rows]
+    save_curves(path, curves, f"{dataset}: test accuracy [%] against counterfactual images")
+
+
+def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title: str) -> None:
+    """Points (x, y in percent) of named curves as a PNG, x on a logarithmic scale; curves differ in line and marker too."""
+    width, height, left, top, font = 560, 360, 60, 40, ImageFont.load_default(13)
+    points = [point for curve in curves.values() for point in curve]
+    x_low, x_high = (torch.tensor([f(x for x, _ in points)]).log10().item() for f in (min, max))
+    y_low, y_high = min(y for _, y in points) // 5 * 5, 100
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (torch.tensor(float(x)).log10().item() - x_low) / max(x_high - x_low, 1e-9)
+        return left + across * (width - left - 90), height - 40 - (y - y_low) / (y_high - y_low) * (height - 40 - top)
+
+    picture = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((left, 10), title, "black", font)
+    for y in range(int(y_low), y_high + 1, 5):
+        draw.line([place(10 ** x_low, y), place(10 ** x_high, y)], "#dddddd")
+        draw.text((20, place(10 ** x_low, y)[1] - 8), str(y), "black", font)
+    for x in sorted({x for x, _ in points}):
+        draw.text((place(x, y_low)[0] - 15, height - 32), f"{x:,}", "black", font)
+    for number, (name, curve) in enumerate(curves.items()):
+        color = ("#0072b2", "#d55e00", "#000000")[number]                       # Okabe & Ito: safe for colour blindness
+        corners = [place(*point) for point in curve]
+        draw.line(corners, color, 1 + 2 * number)
+        for x, y in corners:
+            (draw.ellipse if number else draw.rectangle)([x - 5, y - 5, x + 5, y + 5], outline=color, width=2)
+        draw.text((corners[-1][0] + 8, corners[-1][1] - 8), name, color, font)
+    mnist_variants.save_png(path, picture)
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train classifiers on real and counterfactual images and compare them.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--table", action="store_true", help="Table 2: every --method on every --dataset (the default)")
+    what.add_argument("--figure", action="store_true", help="Figure 7: accuracy against the number of counterfactuals")
+    parser.add_argument("--dataset", nargs="+", choices=mnist_variants.NAMES, default=list(mnist_variants.NAMES))
+    parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--label", choices=LABELS, default="shape", help="what the classifier reads (default: %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data, generator and classifier together")
+    parser.add_argument("--count", type=int, default=100_000, help="generated images (default: %(default)s)")
+    parser.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8000, help=f"of a classifier, {BATCH} images each (default: %(default)s)")
+    parser.add_argument("--generator-steps", type=int, help="of a missing CGN or GAN (default: as cgn.py)")
+    parser.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: draw textures)")
+    parser.add_argument("--variance", type=float, default=mnist_variants.COLOR_VARIANCE, help="colored, double-colored: of an "
+                        "image's colour around its class colour (default: %(default)s; authors' double-colored: 0.0001)")
+    parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
+    parser.add_argument("--runs", default="runs", help="folder of generators and of results.jsonl (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe: faster on a CPU with AMX")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    return parser
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        for name in ("count", "per_shape", "steps", "generator_steps", "threads"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        if args.figure:
+            for dataset in args.dataset:
+                path = Path(args.runs) / f"figure7-{dataset}.png"
+                figure7(args, dataset, path)
+                print(f"wrote {path}")
+        else:
+            text = table(args)
+            path = Path(args.runs) / f"table-{args.label}.md"
+            mnist_variants.write_file(path, (text + "\n").encode())
+            print(f"\n{text}\n\nwrote {path}")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,661 @@
+"""All tests: `python -m pytest -q test_cgn.py`. CPU, a few minutes, nothing is downloaded."""
+import gzip
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cgn
+import classify
+import evaluate
+import mnist_variants
+
+HERE = Path(__file__).parent
+DTD = HERE.parent / "shared" / "data" / "dtd"
+needs_dtd = pytest.mark.skipif(not DTD.is_dir(), reason=f"the paper's DTD pictures are not in {DTD}")
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch):
+    monkeypatch.chdir(HERE)
+
+
+def script(name, *arguments, cwd=HERE, **kwargs):
+    return subprocess.run([sys.executable, name, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          **kwargs)
+
+
+def one_line(result, *words):
+    """The run ended with exit code 2 and one line that holds the words."""
+    assert result.returncode == 2, result
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def tiny_config(**changes):
+    return {"model": "cgn", "dataset": "colored", "textures": None, "variance": 0.02, "names": [f"digit {k}" for k in range(10)], "margin": 2,
+            "shuffle": "shift", "seed": 3, "steps": 6, "batch": 8, "lr": 1e-3, "binary": 1.0, "binary_warmup": 4, "mask": 10.0,
+            "interval": [0.1, 0.3], "noise": 0.3, "frame": 10.0, "bf16": False, "log_every": 1, "sheet_every": 2, **changes}
+
+
+def tiny_data(count=64):
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8), torch.arange(count) % 10)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished tiny run."""
+    out = tmp_path_factory.mktemp("run")
+    cgn.train(tiny_config(), *tiny_data(), out)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- mnist_variants
+
+def test_splits_are_mnists_first_50000_last_10000_and_the_test_file():
+    train, labels = mnist_variants.read_mnist(True)
+    _, test = mnist_variants.read_mnist(False)
+    for split, expected in (("train", labels[:50_000]), ("val", labels[50_000:]), ("test", test)):
+        assert torch.equal(mnist_variants.load("colored", split).shape, expected)
+
+
+@pytest.mark.parametrize("name", mnist_variants.NAMES)
+def test_a_split_is_a_pure_function_of_its_seed(name):
+    first, again, other = (mnist_variants.load(name, "val", seed=seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first.images, other.images) and torch.equal(first.shape, other.shape)
+    assert first.images.dtype == torch.uint8 and first.images.shape == (10_000, 3, 32, 32)
+
+
+@pytest.mark.parametrize("agreement", [0.0, 0.1, 0.9, 1.0])
+def test_labels_agree_as_often_as_asked_and_the_rest_is_uniform(agreement):
+    data = mnist_variants.load("double-colored", "train", agreement=agreement)
+    for label in (data.foreground, data.background):
+        agrees = label == data.shape
+        assert abs(agrees.double().mean() - agreement) < 0.005
+        if agreement < 1:
+            other = (label - data.shape)[~agrees] % 10
+            assert (other.bincount(minlength=10)[1:] / len(other) - 1 / 9).abs().max() < 4 * (8 / 81 / len(other)) ** 0.5
+    both = ((data.foreground == data.shape) & (data.background == data.shape)).double().mean()
+    assert abs(both - agreement ** 2) < 0.005                                       # drawn separately
+
+
+def test_train_agrees_and_val_and_test_do_not_by_default():
+    for split, expected in (("train", 1.0), ("val", 0.1), ("test", 0.1)):
+        data = mnist_variants.load("wildlife", split)
+        assert abs((data.foreground == data.shape).double().mean() - expected) < 0.01
+
+
+def test_colored_is_a_grey_digit_times_a_class_color_of_variance_0_02():
+    data = mnist_variants.load("colored", "train")
+    assert (data.background == -1).all()
+    brightest = data.images.flatten(2).amax(2).double() / 255                       # MNIST digits reach grey 255 nearly always
+    for label in range(10):
+        mean = mnist_variants.COLORED[label] / 255
+        inner = (mean > 0.4) & (mean < 0.6)                                         # channels that clipping leaves alone
+        found = brightest[data.foreground == label]
+        if inner.any():
+            assert (found[:, inner].mean(0) - mean[inner]).abs().max() < 0.02
+            assert (found[:, inner].var(0) - 0.02).abs().max() < 0.003
+    grey = data.images.double().sum(1)
+    assert (grey.amax((1, 2)) > 0).all() and (data.images[:, :, 0, 0] == 0).double().mean() > 0.99
+
+
+def test_double_colored_has_two_flat_colors_and_the_variance_can_be_the_authors():
+    data = mnist_variants.load("double-colored", "val", variance=0.01 ** 2)
+    for image, fore, back in zip(data.images[:200], data.foreground, data.background):
+        colors = image.flatten(1).T.unique(dim=0)
+        assert len(colors) <= 2
+        for mean in (mnist_variants.DOUBLE_FOREGROUND[fore], mnist_variants.DOUBLE_BACKGROUND[back]):
+            assert (colors.long() - mean).abs().amax(1).min() <= 15
+    assert torch.equal(mnist_variants.DOUBLE_FOREGROUND[0], mnist_variants.DOUBLE_BACKGROUND[6])
+
+
+def test_wildlife_shows_patches_of_its_labels_textures():
+    parts, (_, fore, back) = mnist_variants.load_parts("wildlife", "val")
+    textures = mnist_variants.draw_textures()
+    for kind, pictures, labels in ((0, parts.foreground, fore), (1, parts.background, back)):
+        for index in range(5):
+            windows = textures[kind, labels[index]].unfold(1, 32, 1).unfold(2, 32, 1)
+            assert (windows == pictures[index][:, None, None]).all(0).all(-1).all(-1).any()
+
+
+def test_drawn_textures_are_multi_modal_within_a_class_and_distinct_between_classes():
+    textures = mnist_variants.draw_textures().double()
+    assert textures.shape == (2, 10, 3, 156, 156)
+    blocks = textures.unfold(3, 32, 31).unfold(4, 32, 31).mean((-1, -2)).flatten(3)   # mean colour of 16+ patches a texture
+    for kind in blocks:
+        spread = (kind - kind.mean(2, keepdim=True)).norm(dim=1)
+        assert spread.amax(1).min() > 8                                             # grey levels
+        centers = kind.mean(2)
+        between = torch.cdist(centers, centers) + 1e9 * torch.eye(10)
+        assert between.min() > 3
+
+
+@needs_dtd
+def test_the_papers_textures_are_scaled_padded_and_ordered_by_class():
+    textures = mnist_variants.read_textures(DTD)
+    assert textures.shape == (2, 10, 3, 156, 156)
+    with Image.open(DTD / "images" / "veined" / "veined_0073.jpg") as picture:
+        expected = np.array(picture.convert("RGB").resize((150, 150), Image.NEAREST))
+    assert np.array_equal(textures[1, 2, :, 3:153, 3:153].permute(1, 2, 0).numpy(), expected)
+    assert torch.equal(textures[..., 0], textures[..., 6])                          # reflected about column 3
+
+
+def test_fifty_thousand_wildlife_images_take_seconds():
+    import time
+    started = time.perf_counter()
+    mnist_variants.load("wildlife", "train")
+    assert time.perf_counter() - started < 10                                       # the authors' loader: 170 s
+
+
+def test_a_sheet_shows_pictures_unstretched_under_their_names(tmp_path):
+    images = torch.full((2, 3, 3, 4, 4), 100, dtype=torch.uint8)
+    mnist_variants.save_sheet(tmp_path / "sheet.png", images, ["a", "b"], ["x", "x", "y"], scale=2)
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert (sheet == 100).all(2).sum() >= 6 * 8 * 8 and (sheet < 50).all(2).any()
+    with pytest.raises(ValueError, match="1 row and 3 column names"):
+        mnist_variants.save_sheet(tmp_path / "sheet.png", images, ["a"], ["x", "x", "y"])
+
+
+@pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "longer", "no gzip"])
+def test_a_damaged_idx_file_is_named_in_one_line(tmp_path, damage):
+    for name in mnist_variants.MNIST_FILES:
+        os.symlink(HERE / "data" / "mnist" / f"{name}.gz", tmp_path / f"{name}.gz")
+    victim = tmp_path / "train-labels-idx1-ubyte.gz"
+    packed = victim.read_bytes()
+    victim.unlink()
+    content = bytearray(gzip.decompress(packed))
+    if damage == "altered":
+        content[100] ^= 1
+    if damage == "longer":
+        content += b"\0"
+    if damage == "truncated":
+        victim.write_bytes(packed[:-1000])
+    elif damage == "no gzip":
+        victim.write_bytes(b"not a gzip file at all")
+    elif damage != "missing":
+        victim.write_bytes(gzip.compress(bytes(content), 1))
+    one_line(script("mnist_variants.py", "--mnist", tmp_path, "--out", tmp_path / "out"), str(victim))
+
+
+def test_a_textures_folder_that_lacks_a_picture_is_refused_by_its_name(tmp_path):
+    for kind, numbers in mnist_variants.DTD_FILES.items():
+        (tmp_path / "images" / kind).mkdir(parents=True)
+        for number in numbers:
+            Image.new("RGB", (200, 180), (int(number) % 256, 0, 0)).save(tmp_path / "images" / kind / f"{kind}_{number}.jpg")
+    assert mnist_variants.read_textures(tmp_path).shape == (2, 10, 3, 156, 156)
+    (tmp_path / "images" / "veined" / "veined_0158.jpg").unlink()
+    one_line(script("cgn.py", "--dataset", "wildlife", "--textures", tmp_path, "--out", tmp_path / "run"), "veined_0158.jpg")
+    (tmp_path / "images" / "veined" / "veined_0158.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="veined_0158.jpg does not open"):
+        mnist_variants.read_textures(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------- cgn: equations and mechanisms
+
+def test_compose_is_equation_2():
+    m, f, b = torch.tensor([[[[0.0, 0.25, 1.0]]]]), torch.full((1, 3, 1, 3), 0.8), torch.full((1, 3, 1, 3), -0.4)
+    assert torch.allclose(cgn.compose(m, f, b)[0, 0, 0], torch.tensor([-0.4, -0.1, 0.8]), atol=1e-6)
+
+
+def test_binary_entropy_is_one_bit_at_a_half_and_nothing_for_a_binary_mask():
+    assert abs(cgn.binary_entropy(torch.full((2, 1, 4, 4), 0.5)) - 1) < 1e-6
+    assert cgn.binary_entropy(torch.tensor([[[[0.0, 1.0]]]])) < 2e-3
+    assert abs(cgn.binary_entropy(torch.tensor([[[[0.25]]]])) - 0.8112781) < 1e-6
+
+
+def test_mask_interval_is_the_distance_of_each_images_mean():
+    masks = torch.stack([torch.full((1, 2, 2), value) for value in (0.02, 0.5, 0.95)])
+    assert abs(cgn.mask_interval(masks) - (0.08 + 0 + 0.05) / 3) < 1e-6
+    assert abs(cgn.mask_interval(masks, 0.6, 0.7) - (0.58 + 0.1 + 0.25) / 3) < 1e-6
+
+
+def test_frame_loss_compares_mean_colors_class_by_class():
+    images = torch.full((4, 3, 8, 8), 255, dtype=torch.uint8)
+    images[2:, :, :2], images[2:, :, -2:], images[2:, :, :, :2], images[2:, :, :, -2:] = 0, 0, 0, 51
+    frame = cgn.frame_color(images, torch.tensor([0, 0, 1, 1]), 2, margin=2)
+    assert torch.allclose(frame, torch.tensor([[1.0] * 3, [2 * 51 * 16 / 48 / 255 - 1] * 3]))
+    b = torch.tensor([0.5, -0.5, 1.0])[:, None, None, None].expand(3, 3, 8, 8)
+    assert abs(cgn.frame_loss(b, torch.tensor([0, 0, 1]), torch.tensor([[0.2] * 3, [0.7] * 3])) - (0.04 + 0.09) / 2) < 1e-6
+    assert abs(cgn.frame_loss(b[2:], torch.tensor([1]), torch.tensor([[0.2] * 3, [0.7] * 3])) - 0.09) < 1e-6
+
+
+def test_hinge_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
+    assert cgn.discriminator_loss(real, fake) == 0.25 + 0.75
+    assert cgn.generator_loss(fake) == 1.25
+
+
+@pytest.mark.parametrize("loss", [cgn.binary_entropy, lambda m: cgn.mask_interval(m, 0.6, 0.7)])
+def test_mask_losses_have_the_right_gradient(loss):
+    m = (0.1 + 0.8 * torch.rand(2, 1, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    assert torch.autograd.gradcheck(loss, (m,))
+
+
+@pytest.mark.parametrize("shuffle", ["shift", "puzzle"])
+def test_an_arrangement_moves_every_cell_once(shuffle):
+    drawn = cgn.draw_arrangement(cgn.rng(0, 0), 20, shuffle)
+    assert drawn.shape == (20, 2, 100) and (np.sort(drawn, 2) == np.arange(100)).all()
+    assert not np.array_equal(drawn[:, 0], drawn[:, 1])
+    neighbours = drawn.reshape(20, 2, 10, 10)
+    right = neighbours[..., 1:] - neighbours[..., :-1]
+    if shuffle == "shift":                                                          # a step right is a step right, but at the seam
+        assert (((right == 1) | (right == -9))).all()
+    else:                                                                           # whole patches of 2 x 2
+        assert (right[..., ::2] == 1).all() and not (right[..., 1::2] == 1).all()
+        assert (neighbours[..., 1::2, :] - neighbours[..., ::2, :] == 10).all()
+
+
+def test_the_texture_follows_its_arrangement():
+    model = cgn.MnistCGN().eval()
+    u, y = torch.randn(1, 32), torch.tensor([3])
+    still = torch.arange(100).expand(1, 2, 100)
+    moved = still.reshape(1, 2, 10, 10).roll(1, 3).reshape(1, 2, 100)
+    with torch.no_grad():
+        a, b = model(u, y, still), model(u, y, moved)
+    assert torch.allclose(a.foreground[..., :, 4:20], b.foreground[..., :, 8:24], atol=1e-5)   # one cell is four pixels
+    assert torch.equal(a.mask, b.mask)
+
+
+def test_documented_shapes_and_ranges():
+    model = cgn.MnistCGN(classes=7)
+    sample = model(torch.randn(4, 32), torch.tensor([0, 6, 3, 3]))
+    assert sample.mask.shape == (4, 1, 32, 32) and 0 <= sample.mask.min() <= sample.mask.max() <= 1
+    for part in sample[1:]:
+        assert part.shape == (4, 3, 32, 32) and -1 <= part.min() <= part.max() <= 1
+    assert torch.equal(sample.image, cgn.compose(sample.mask, sample.foreground, sample.background))
+    assert cgn.Discriminator(7)(sample.image, torch.tensor([0, 6, 3, 3])).shape == (4,)
+    for y in (torch.tensor([0, 7, 1, 1]), torch.tensor([-1, 0, 1, 1])):
+        with pytest.raises(ValueError, match=r"is not in 0\.\.6"):
+            model(torch.randn(4, 32), y)
+
+
+def test_each_mechanism_answers_to_its_own_noise_and_label_only():
+    model = cgn.MnistCGN().eval()
+    u, y = [torch.randn(2, 32) for _ in range(3)], [torch.tensor([1, 2])] * 3
+    still = torch.arange(100).expand(2, 2, 100)
+    with torch.no_grad():
+        before = model(u, y, still)
+        for k in range(3):
+            for other_u, other_y in (([torch.randn(2, 32) if j == k else u[j] for j in range(3)], y),
+                                     (u, [torch.tensor([5, 7]) if j == k else y[j] for j in range(3)])):
+                after = model(other_u, other_y, still)
+                assert [torch.equal(a, b) for a, b in zip(before, after)][:3] == [j != k for j in range(3)]
+
+
+def test_labels_and_one_hot_class_weights_are_the_same():
+    model = cgn.MnistCGN().eval()
+    u, y, still = torch.randn(2, 32), torch.tensor([1, 9]), torch.arange(100).expand(2, 2, 100)
+    with torch.no_grad():
+        assert torch.equal(model(u, y, still).image, model(u, F.one_hot(y, 10).float(), still).image)
+
+
+def test_the_masks_margin_is_background():
+    mask = cgn.MnistCGN(margin=3)(torch.randn(2, 32), torch.tensor([0, 1])).mask
+    assert mask[..., :3, :].max() == mask[..., -3:].max() == 0 and mask[..., 3:-3, 3:-3].min() > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ cgn: training
+
+def test_training_writes_log_sheet_and_checkpoint(trained):
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["seed"] == 3 and [line["step"] for line in lines[1:]] == [1, 2, 3, 4, 5, 6]
+    assert {"discriminator", "adversarial", "binary", "mask"} <= lines[1].keys()
+    assert sorted(path.name for path in trained.glob("*.png")) == [f"sheet-00000{k}.png" for k in (2, 4, 6)]
+    assert cgn.load(trained / "checkpoint.pt").config["steps"] == 6
+
+
+@pytest.mark.parametrize("model", ["cgn", "gan"])
+def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, model):
+    config = tiny_config(model=model)
+    cgn.train(config, *tiny_data(), tmp_path / "whole")
+    update, calls = cgn._update_average, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        update(*arguments)
+
+    monkeypatch.setattr(cgn, "_update_average", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cgn.train(config, *tiny_data(), tmp_path / "parts")
+    assert cgn.read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 4
+    torch.manual_seed(99)
+    cgn.train(config, *tiny_data(), tmp_path / "parts")
+    whole, parts = (cgn.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    for name in ("model", "average", "discriminator"):
+        assert all(torch.equal(whole[name][key], parts[name][key]) for key in whole[name]), name
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "steps_per_second"} for line in
+             (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_the_generator_step_leaves_the_discriminators_gradients_alone():
+    model, discriminator = cgn.MnistCGN(), cgn.Discriminator()
+    discriminator.requires_grad_(False)
+    y = torch.tensor([1, 2])
+    cgn.generator_loss(discriminator(model(torch.randn(2, 32), y).image, y)).backward()
+    assert all(p.grad is None for p in discriminator.parameters()) and all(p.grad is not None for p in model.parameters())
+
+
+def test_a_run_folder_of_another_run_is_refused_and_kept(trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    with pytest.raises(ValueError, match="another seed, lr"):
+        cgn.train(tiny_config(seed=4, lr=1e-2), *tiny_data(), trained)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_terms(tmp_path):
+    with pytest.raises(ValueError, match="not finite.*last checkpoint is kept"):
+        cgn.train(tiny_config(mask=float("nan")), *tiny_data(), tmp_path)
+
+
+def test_sheets_do_not_change_the_model(trained):
+    model = cgn.load(trained / "checkpoint.pt")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    cgn.save_training_sheet(model, model.config["names"], trained / "again.png", 3)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert (trained / "again.png").read_bytes() == (trained / "sheet-000006.png").read_bytes()
+
+
+def test_a_folder_of_pictures_trains_like_a_variant(tmp_path):
+    for label, color in (("cat", (200, 10, 10)), ("dog", (10, 200, 10))):
+        (tmp_path / "pictures" / label).mkdir(parents=True)
+        for k in range(3):
+            Image.new("RGB", (40 + 10 * k, 50), color).save(tmp_path / "pictures" / label / f"{k}.png")
+    images, labels, names = cgn.load_images(str(tmp_path / "pictures"))
+    assert images.shape == (6, 3, 32, 32) and names == ["cat", "dog"] and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert images[0, :, 5, 5].tolist() == [200, 10, 10]
+    result = script("cgn.py", "--dataset", tmp_path / "pictures", "--steps", 2, "--batch", 4, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert cgn.load(tmp_path / "run" / "checkpoint.pt").classes == 2
+    (tmp_path / "pictures" / "cat" / "broken.png").write_bytes(b"no picture")
+    one_line(script("cgn.py", "--dataset", tmp_path / "pictures", "--out", tmp_path / "run2"), "broken.png")
+
+
+# ------------------------------------------------------------------------------------------------------------ cgn: sampling
+
+@pytest.mark.parametrize("per_shape", [1, 4])
+def test_counterfactuals_are_a_pure_function_of_seed_and_index(trained, per_shape):
+    model = cgn.load(trained / "checkpoint.pt")
+    whole = cgn.counterfactuals(model, 22, 5, per_shape, batch=22)
+    parts = cgn.counterfactuals(model, 18, 5, per_shape, batch=5)
+    for a, b in zip(whole[1:], parts[1:]):
+        assert torch.equal(a[:18], b)
+    assert (whole.images[:18].int() - parts.images.int()).abs().max() <= 1
+    assert not torch.equal(cgn.counterfactuals(model, 22, 6, per_shape).shape, whole.shape)
+
+
+def test_counterfactuals_of_one_shape_share_mask_and_label_and_nothing_else(trained):
+    model = cgn.load(trained / "checkpoint.pt")
+    u, y, arrangement = cgn.draw(model, 7, range(40), per_shape=4)
+    groups = u[0].reshape(10, 4, -1), y[0].reshape(10, 4)
+    assert all((group == group[:, :1]).all() for group in groups) and len(groups[0][:, 0].unique(dim=0)) == 10
+    for k in (1, 2):
+        assert len(u[k].unique(dim=0)) == 40
+        assert (y[k].reshape(10, 4) != y[k].reshape(10, 4)[:, :1]).any()
+    assert len(arrangement.flatten(1).unique(dim=0)) > 30
+    single = cgn.draw(model, 7, range(40), per_shape=1)
+    assert torch.equal(single[0][1:], u[1:]) and len(single[0][0].unique(dim=0)) == 40
+
+
+def test_counterfactual_labels_are_uniform_and_independent(trained):
+    _, y, _ = cgn.draw(cgn.load(trained / "checkpoint.pt"), 0, range(4000), per_shape=1)
+    for k in range(3):
+        assert (y[k].bincount(minlength=10) / 4000 - 0.1).abs().max() < 0.02
+        assert abs((y[k] == y[k - 1]).double().mean() - 0.1) < 0.02
+
+
+def test_a_gans_samples_carry_one_label(tmp_path):
+    cgn.train(tiny_config(model="gan", steps=2), *tiny_data(), tmp_path)
+    data = cgn.counterfactuals(cgn.load(tmp_path / "checkpoint.pt"), 12)
+    assert torch.equal(data.shape, data.foreground) and torch.equal(data.shape, data.background)
+
+
+def test_the_written_data_set_holds_what_counterfactuals_gives(trained, tmp_path):
+    result = script("cgn.py", "--checkpoint", trained / "checkpoint.pt", "--counterfactuals", 12, "--per-shape", 3, "--seed", 2,
+                    "--out", tmp_path / "set.pt")
+    assert result.returncode == 0, result.stderr
+    held = torch.load(tmp_path / "set.pt", weights_only=True)
+    expected = cgn.counterfactuals(cgn.load(trained / "checkpoint.pt"), 12, 2, 3)
+    assert held["names"][9] == "digit 9" and (held["seed"], held["per_shape"]) == (2, 3)
+    assert all(torch.equal(held[key], value) for key, value in expected._asdict().items() if key != "images")
+    assert (held["images"].int() - expected.images.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("what", ["shape", "texture", "background", "all"])
+def test_interpolations_move_only_what_they_name(trained, what):
+    model = cgn.load(trained / "checkpoint.pt")
+    images = cgn.interpolate(model, what, seed=1, rows=2, columns=5)
+    assert images.shape == (2, 5, 3, 32, 32) and images.dtype == torch.uint8
+    assert (images[:, 0] != images[:, -1]).any()
+    corner = images[..., :1, :1].int()                                              # the margin shows the background alone
+    assert (corner.amax(1) - corner.amin(1) <= 1).all() == (what in ("shape", "texture"))
+    with pytest.raises(ValueError, match="cannot interpolate 'color'"):
+        cgn.interpolate(model, "color")
+
+
+# ---------------------------------------------------------------------------------------------------------------- classify
+
+def test_the_classifier_is_the_papers():
+    model = classify.Classifier()
+    sizes, h = [], torch.zeros(2, 3, 32, 32)
+    for layer in model:
+        h = layer(h)
+        if isinstance(layer, torch.nn.Conv2d):
+            sizes.append(tuple(h.shape[1:]))
+    assert sizes == [(32, 28, 28), (32, 14, 14), (64, 7, 7), (64, 7, 7)] and h.shape == (2, 10)
+
+
+def test_a_classifier_trained_on_biased_images_reads_their_colors_not_their_digits():
+    """The first row of Table 2 in small: 300 steps."""
+    real, val = (mnist_variants.load("double-colored", split) for split in ("train", "val"))
+    model = classify.fit(classify.sources("original", real, "shape", None), 300)
+    predictions = classify.predict(model, val.images[:2000])
+    by_color = (predictions == val.foreground[:2000]) | (predictions == val.background[:2000])
+    assert by_color.double().mean() > 0.5 and evaluate.accuracy(predictions, val.shape[:2000]) < 0.2
+
+
+def test_fit_is_a_pure_function_of_its_seed():
+    images, labels = tiny_data()
+    first, again = (classify.fit([(images, labels, 8)], 4, seed=1) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+
+
+def test_sources_mix_in_the_stated_numbers():
+    real, generated = (mnist_variants.Variant(torch.zeros(1), *(torch.tensor([k + 3 * i]) for k in range(3))) for i in range(2))
+    assert [(y.item(), n) for _, y, n in classify.sources("original", real, "background", None)] == [(2, 64)]
+    assert [(y.item(), n) for _, y, n in classify.sources("cgn", real, "foreground", generated)] == [(4, 64)]
+    for method, share in classify.REAL_SHARE.items():
+        mixed = classify.sources(f"original+{method}", real, "shape", generated)
+        assert [(y.item(), n) for _, y, n in mixed] == [(0, share), (3, 64 - share)]
+
+
+def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path):
+    command = ("classify.py", "--dataset", "colored", "--method", "original", "original+gan", "original+cgn", "--seeds", 0,
+               "--count", 100, "--steps", 3, "--generator-steps", 2, "--runs", tmp_path)
+    result = script(*command)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"\| original\+cgn \| \d+\.\d ± 0\.0 \| \d+\.\d ± 0\.0 \|", (tmp_path / "table-shape.md").read_text())
+    rows = (tmp_path / "results.jsonl").read_text()
+    assert len(rows.splitlines()) == 3 and all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
+    assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
+
+
+def test_curves_are_drawn_with_name_and_scale(tmp_path):
+    classify.save_curves(tmp_path / "c.png", {"a": [(10, 50.0), (1000, 90.0)], "b": [(10, 60.0), (1000, 80.0)]}, "title")
+    pixels = np.array(Image.open(tmp_path / "c.png")).reshape(-1, 3)
+    for color in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):
+        assert (pixels == color).all(1).sum() > 100
+
+
+# ---------------------------------------------------------------------------------------------------------------- evaluate
+
+def test_accuracy_and_confusion_by_hand():
+    labels, predictions = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 0])
+    assert abs(evaluate.accuracy(predictions, labels) - 0.6) < 1e-12
+    assert evaluate.confusion(predictions, labels, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
+    for bad in ((torch.tensor([]), torch.tensor([])), (torch.tensor([1]), torch.tensor([1, 2]))):
+        with pytest.raises(ValueError):
+            evaluate.accuracy(*bad)
+    with pytest.raises(ValueError, match="not in 0..1"):
+        evaluate.confusion(predictions, labels, 2)
+
+
+def test_mean_and_sample_standard_deviation_by_hand():
+    assert evaluate.mean_std([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, (7 / 3) ** 0.5))
+    assert evaluate.mean_std([2.0]) == (2.0, 0.0)
+    with pytest.raises(ValueError):
+        evaluate.mean_std([])
+
+
+def test_disentanglement_of_perfect_hidden_and_swapped_mechanisms():
+    """Labels are grey levels: the mask's in row 0, the foreground's in row 1, the background's in row 2 of a 4 x 4 picture."""
+    labels = torch.arange(10).repeat(20)
+    other = (labels + torch.randint(1, 10, labels.shape, generator=torch.Generator().manual_seed(0))) % 10
+
+    def level(y):
+        return (y.float() / 9)[:, None, None, None]
+
+    def parts(y):
+        m = torch.zeros(len(y), 1, 4, 4)
+        m[:, :, 0], m[:, :, 1] = level(y)[:, 0], 1.0
+        f, b = (level(y).expand(-1, 3, 4, 4).clone() for _ in range(2))
+        f[:, :, 0], b[:, :, 0] = 1.0, 0.0
+        return cgn.Sample(m, f, b, None)
+
+    def reader(row):
+        return lambda x: -(x[:, 0, row, 0, None] * 9 - torch.arange(10)).abs()
+
+    made, real, readers = parts(labels), parts(other), [reader(0), reader(1), reader(2)]
+    result = evaluate.disentanglement(made, labels, real[:3], readers)
+    assert torch.equal(result.table, torch.eye(3, dtype=torch.float64)) and result.swapped == []
+    assert result.hidden == (pytest.approx(0.1), pytest.approx(0.1))                # rows 0 of f and b are the same always
+
+    made.foreground[:, :, 0] = level(labels)[:, 0]                                  # now the digit shows in f as well
+    made.foreground[labels == 4, :, 1] = 0.0                                        # and b looks more like a 4's f than f does
+    result = evaluate.disentanglement(made, labels, real[:3], readers)
+    assert result.hidden[0] == 1.0 and result.swapped == [4]
+
+
+def test_predictions_of_any_system_are_judged(tmp_path):
+    (tmp_path / "p.csv").write_text("label,prediction,file\n0,0,a\n1,0,b\n1,1,c\n2,1,d\n")
+    result = script("evaluate.py", "--predictions", tmp_path / "p.csv", "--out", tmp_path / "p.json")
+    assert "50.00 % of 4" in result.stdout and "| 2 | 0 | 1 | 0 |" in result.stdout
+    assert json.loads((tmp_path / "p.json").read_text())["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
+    for content, word in (("label,guess\n0,0\n", "no column 'prediction'"), ("label,prediction\n", "no row"),
+                          ("label,prediction\n0,cat\n", "cat"), ("label,prediction\n0\n", "whole numbers"),
+                          ("label,prediction\n-1,0\n", "-1")):
+        (tmp_path / "p.csv").write_text(content)
+        one_line(script("evaluate.py", "--predictions", tmp_path / "p.csv"), word)
+
+
+def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path):
+    result = script("evaluate.py", "--cgn", trained / "checkpoint.pt", "--samples", 50, "--reader-steps", 3, "--out",
+                    tmp_path / "d.json")
+    assert result.returncode == 0, result.stderr
+    assert "| background | – | – | – |" in result.stdout and "swapped classes" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- users' mistakes
+
+@pytest.mark.parametrize("arguments, words", [
+    (("cgn.py", "--dataset", "nope"), ("'nope'", "colored", "folder")),
+    (("cgn.py", "--steps", "0"), ("--steps 0", "at least 1")),
+    (("cgn.py", "--batch", "-3"), ("--batch -3",)),
+    (("cgn.py", "--seed", "-1"), ("--seed -1",)),
+    (("cgn.py", "--shuffle", "cut"), ("cut", "shift")),
+    (("cgn.py", "--checkpoint", "nowhere.pt", "--counterfactuals", "5"), ("nowhere.pt", "train first")),
+    (("cgn.py", "--checkpoint", "README.md", "--counterfactuals", "5"), ("README.md", "no checkpoint")),
+    (("classify.py", "--dataset", "mnist"), ("mnist", "colored")),
+    (("classify.py", "--count", "0"), ("--count 0",)),
+    (("evaluate.py", "--cgn", "requirements.txt"), ("requirements.txt",)),
+    (("evaluate.py", "--predictions", "nowhere.csv"), ("nowhere.csv",)),
+    (("mnist_variants.py", "--split", "dev"), ("dev", "val")),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
+    one_line(script(*arguments), *words)
+
+
+def test_counts_below_one_are_refused(trained):
+    for option in (("--counterfactuals", 0), ("--counterfactuals", 5, "--per-shape", -1)):
+        one_line(script("cgn.py", "--checkpoint", trained / "checkpoint.pt", *option), "at least 1")
+
+
+def test_a_checkpoint_that_would_run_code_or_is_of_something_else_is_refused(trained, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"config": Evil(), "average": {}, "step": 1}, tmp_path / "evil.pt")
+    whole = (trained / "checkpoint.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    state = cgn.read_checkpoint(trained / "checkpoint.pt")
+    del state["average"]["f_text.out.bias"]
+    torch.save(state, tmp_path / "lacks.pt")
+    for name in ("evil.pt", "short.pt", "other.pt", "lacks.pt"):
+        with pytest.raises(ValueError, match=name):
+            cgn.load(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(trained, tmp_path):
+    """A limit on file sizes stands in for the full disk: the write fails midway in the same way."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = (run / "checkpoint.pt").read_bytes()
+    target = run / "checkpoint.pt"
+    result = script("cgn.py", "--checkpoint", target, "--counterfactuals", 200, "--out", target,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    one_line(result, "could not be written", "intact")
+    assert target.read_bytes() == before and sorted(run.iterdir()) == sorted(run / path.name for path in trained.iterdir()
+                                                                             if path.name != "again.png" or (run / "again.png").exists())
+
+
+# ------------------------------------------------------------------------------------------------------------- the project
+
+@pytest.mark.parametrize("module, line", [
+    ("mnist_variants.py", "import mnist_variants as m; print(m.draw_textures().shape)"),
+    ("evaluate.py", "import evaluate, torch; print(evaluate.accuracy(torch.tensor([1]), torch.tensor([1])))"),
+])
+def test_a_ground_floor_file_works_when_copied_alone(tmp_path, module, line):
+    shutil.copy(HERE / module, tmp_path)
+    result = subprocess.run([sys.executable, "-W", "error", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("command", [("--dataset", "colored"), ("--dataset", "wildlife", "--shuffle", "puzzle"),
+                                     ("--dataset", "double-colored", "--model", "gan")])
+def test_dry_runs_pass_and_keep_nothing(command, tmp_path):
+    result = script(str(HERE / "cgn.py"), *command, "--dry-run", "--mnist", HERE / "data" / "mnist", cwd=tmp_path)
+    assert result.returncode == 0 and "dry run finished" in result.stdout, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_readme_command_of_this_project_is_understood():
+    """Each `python X.py ...` of the README names options and choices that its parser knows."""
+    commands = re.findall(r"^(?:\$ )?python (\w+)\.py ?([^\n#]*)", (HERE / "README.md").read_text(), re.M)
+    assert len(commands) >= 5
+    for module, arguments in commands:
+        sys.modules[module].build_parser().parse_args(arguments.split())
+
+
+def test_defaults_are_the_documented_ones():
+    args = cgn.build_parser().parse_args([])
+    assert (args.dataset, args.model, args.batch, args.lr, args.per_shape) == ("colored", "cgn", 64, 4e-4, 10)
+    assert classify.build_parser().parse_args([]).seeds == [0, 1, 2]
