@@ -494,12 +494,19 @@ def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch
     labels = torch.empty(3, count, dtype=torch.long)
     for start in range(0, count, batch):
         part = range(start, min(start + batch, count))
-        u, y, arrangement = draw(model, seed, part, per_shape)
+        u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, per_shape))
         if isinstance(model, MnistGAN):
             y = y[:1].expand(3, -1)
-        sample = model(tuple(u.to(device)), tuple(y.to(device)), arrangement.to(device))
-        images[part.start:part.stop] = to_uint8(sample.image).cpu()
-        labels[:, part.start:part.stop] = y
+            x = model(u[0], y[0]).image
+        else:                           # one mask a group of `per_shape`, shown by all of it
+            groups = torch.arange(part.start, part.stop, device=device) // per_shape
+            _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
+            first = counts.cumsum(0) - counts
+            weights = F.one_hot(y, model.classes).float()
+            m = model.f_shape(u[0, first], weights[0, first])[inverse]
+            x = compose(m, model.f_text(u[1], weights[1], arrangement[:, 0]), model.f_bg(u[2], weights[2], arrangement[:, 1]))
+        images[part.start:part.stop] = to_uint8(x).cpu()
+        labels[:, part.start:part.stop] = y.cpu()
     return mnist_variants.Variant(images, *labels)
 
 
