@@ -137,12 +137,21 @@ def draw_arrangement(generator: np.random.Generator, count: int, shuffle: str) -
 
 # ----------------------------------------------------------------------------------------------------------------- modules
 
-class Up(nn.Sequential):
-    """Twice the size: (N, i, n, n) -> (N, o, 2n, 2n), or, without padding, (N, o, 2n - 2, 2n - 2) free of border effects."""
+class Up(nn.Module):
+    """Twice the size: (N, i, n, n) -> (N, o, 2n, 2n), or, without padding, (N, o, 2n - 2, 2n - 2) free of border effects.
+
+    Nearest-neighbour upsampling and a 3 x 3 convolution, as one 4 x 4 transposed convolution: equal, in half the time.
+    """
 
     def __init__(self, i: int, o: int, padding: int):
-        super().__init__(nn.Upsample(scale_factor=2), nn.Conv2d(i, o, 3, padding=padding, bias=False), nn.BatchNorm2d(o),
-                         nn.ReLU())
+        super().__init__()
+        self.weight = nn.Conv2d(i, o, 3, bias=False).weight
+        self.padding = padding
+        self.rest = nn.Sequential(nn.BatchNorm2d(o), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kernel = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, 1, divisor_override=1)  # (o, i, 4, 4): each pixel counts twice
+        return self.rest(F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=2 - self.padding))
 
 
 class Start(nn.Module):
@@ -190,16 +199,16 @@ class TextureMechanism(nn.Module):
     DEVIATION: the paper rearranges just before the output layer. Here convolutions follow, which close the seams.
     """
 
-    def __init__(self, classes: int, noise: int = NOISE, width: int = 24):
+    def __init__(self, classes: int, noise: int = NOISE, width: int = 32):
         super().__init__()
         self.start = Start(classes, noise, 2 * width, CELLS)
-        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(), Up(2 * width, width, 0), Up(width, width, 0))
-        self.out = nn.Conv2d(width, 3, 3)
+        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(), Up(2 * width, width, 0), Up(width, width // 2, 0))
+        self.out = nn.Conv2d(width // 2, 3, 3)
 
     def forward(self, u: torch.Tensor, y: torch.Tensor, arrangement: torch.Tensor) -> torch.Tensor:
         h = self.start(u, y).flatten(2)                                             # (N, 2 width, 100)
         h = h.gather(2, arrangement[:, None].expand_as(h)).unflatten(2, (CELLS, CELLS))
-        h = self.body(h.contiguous(memory_format=torch.channels_last))              # (N, width, 34, 34)
+        h = self.body(h.contiguous(memory_format=torch.channels_last))              # (N, width/2, 34, 34)
         return torch.tanh(self.out(h))                                              # (N, 3, 32, 32)
 
 
