@@ -147,7 +147,7 @@ class Up(nn.Module):
         super().__init__()
         self.weight = nn.Conv2d(i, o, 3, bias=False).weight
         self.padding = padding
-        self.rest = nn.Sequential(nn.BatchNorm2d(o), nn.ReLU())
+        self.rest = nn.Sequential(nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kernel = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, 1, divisor_override=1)  # (o, i, 4, 4): each pixel counts twice
@@ -179,7 +179,7 @@ class ShapeMechanism(nn.Module):
     def __init__(self, classes: int, noise: int = NOISE, width: int = 32, margin: int = MARGIN):
         super().__init__()
         self.start = Start(classes, noise, 4 * width, 4)
-        self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(), Up(4 * width, 2 * width, 1),
+        self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True), Up(4 * width, 2 * width, 1),
                                   Up(2 * width, width, 1), Up(width, width // 2, 1))
         self.out = nn.Conv2d(width // 2, 1, 3, padding=1)
         side = mnist_variants.SIZE
@@ -202,7 +202,7 @@ class TextureMechanism(nn.Module):
     def __init__(self, classes: int, noise: int = NOISE, width: int = 32):
         super().__init__()
         self.start = Start(classes, noise, 2 * width, CELLS)
-        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(), Up(2 * width, width, 0), Up(width, width // 2, 0))
+        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True), Up(2 * width, width, 0), Up(width, width // 2, 0))
         self.out = nn.Conv2d(width // 2, 3, 3)
 
     def forward(self, u: torch.Tensor, y: torch.Tensor, arrangement: torch.Tensor) -> torch.Tensor:
@@ -259,7 +259,7 @@ class MnistGAN(nn.Module):
         super().__init__()
         self.classes, self.noise, self.shuffle = classes, noise, "shift"
         self.start = Start(classes, noise, 4 * width, 4)
-        self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(), Up(4 * width, 2 * width, 1),
+        self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True), Up(4 * width, 2 * width, 1),
                                   Up(2 * width, width, 1), Up(width, width, 1))
         self.out = nn.Conv2d(width, 3, 3, padding=1)
 
@@ -489,7 +489,7 @@ def draw(model, seed: int, indices: range, per_shape: int = 1):
 
 
 @torch.no_grad()
-def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch: int = 250) -> mnist_variants.Variant:
+def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch: int = 100) -> mnist_variants.Variant:
     """`count` counterfactual images with the label of each mechanism, `per_shape` of them sharing one shape.
 
     A pure function of (weights, seed, index): image i does not depend on `count`, nor, to float error, on `batch`.
