@@ -43,11 +43,15 @@ class Normed(nn.Module):
 
     def __init__(self, *shape: int, bias: bool = True):
         super().__init__()
-        self.weight_orig = nn.Parameter(nn.init.orthogonal_(torch.empty(shape)))
+        self.weight_orig = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
-        self.register_buffer("weight_u", F.normalize(torch.randn(shape[0]), dim=0))
-        self.register_buffer("weight_v", F.normalize(torch.randn(self.weight_orig[0].numel()), dim=0))
+        self.register_buffer("weight_u", torch.empty(shape[0]))
+        self.register_buffer("weight_v", torch.empty(self.weight_orig[0].numel()))
         self.folded = False
+        if not self.weight_orig.is_meta:                            # where a loader needs no numbers yet
+            nn.init.orthogonal_(self.weight_orig)
+            for vector in (self.weight_u, self.weight_v):
+                vector.copy_(F.normalize(torch.randn_like(vector), dim=0))
 
     def weight(self) -> torch.Tensor:
         if self.folded:
@@ -112,7 +116,9 @@ class BatchNorm(nn.Module):
         else:
             self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor, condition: Optional[torch.Tensor], truncation: Optional[float]) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, condition: Optional[torch.Tensor], truncation: Optional[float], keep: bool = False
+                ) -> torch.Tensor:
+        """Writes over x where no gradient needs it, unless told to keep it."""
         if truncation is None:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             self.batch = mean.detach(), var.detach()                # for measure_statistics
@@ -124,7 +130,8 @@ class BatchNorm(nn.Module):
             scale, offset = 1 + self.scale(condition), self.offset(condition)       # (N, C)
         scale = scale * (var + EPSILON).rsqrt()
         offset = offset - mean * scale
-        return F.relu(torch.addcmul(offset[:, :, None, None], x, scale[:, :, None, None]), inplace=True)
+        out = None if keep or torch.is_grad_enabled() else x
+        return F.relu(torch.addcmul(offset[:, :, None, None], x, scale[:, :, None, None], out=out), inplace=True)
 
 
 def _row(rows: torch.Tensor, truncation: float) -> torch.Tensor:
@@ -149,7 +156,7 @@ class Block(nn.Module):
         self.bn_3, self.conv_3 = BatchNorm(mid, condition), Conv(mid, o, 1)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, truncation: Optional[float]) -> torch.Tensor:
-        h = self.conv_0(self.bn_0(x, condition, truncation))                        # (N, i/4, H, W)
+        h = self.conv_0(self.bn_0(x, condition, truncation, keep=True))             # (N, i/4, H, W)
         h = self.conv_1(self.bn_1(h, condition, truncation))                        # (N, i/4, 2H, 2W)
         h = self.conv_2(self.bn_2(h, condition, truncation))
         h = self.conv_3(self.bn_3(h, condition, truncation))                        # (N, o, 2H, 2W)
@@ -190,7 +197,6 @@ class BigGAN(nn.Module):
         self.noise, self.classes, self.resolution = noise, classes, 4 * 2 ** (len(blocks) // 2)
         condition = noise + embedding
         self.embeddings = nn.Linear(classes, embedding, bias=False)
-        nn.init.orthogonal_(self.embeddings.weight)
         layers = [Block(i, o, condition, double=number % 2 == 1) for number, (i, o) in enumerate(blocks)]
         if attention is not None:
             layers.insert(attention, Attention(blocks[attention][0]))

@@ -80,22 +80,27 @@ def mask_interval(m: torch.Tensor, low: float = 0.1, high: float = 0.9) -> torch
     return (F.relu(low - mean) + F.relu(mean - high)).mean()
 
 
-def frame_loss(b: torch.Tensor, y: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
-    """How far the mean colour of the backgrounds b (N, 3, H, W) is from that of real images' borders, class by class.
+def color_loss(images: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """How far the mean colour of images (N, 3, H, W) is from that of real ones, class by class. A scalar. Not in the paper.
 
-    y (N,) long, frame (C, 3) from `frame_color`: the mean squared difference over the classes present. A scalar. Not in the
-    paper. It compares means over images, so single backgrounds stay free to differ.
+    y (N,) long, target (C, 3): the squared difference of means, averaged over the classes with two images or more. Estimated
+    from pairs of different images, (|sum d|^2 - sum |d|^2) / (n (n - 1)), so that colours of a class may differ at no cost.
     """
-    count = y.bincount(minlength=len(frame))
-    mean = torch.zeros_like(frame).index_add(0, y, b.mean(dim=(2, 3))) / count.clamp(min=1)[:, None]
-    return (mean - frame)[count > 0].square().mean()
+    d = images.mean(dim=(2, 3)) - target[y]                                         # (N, 3)
+    count = y.bincount(minlength=len(target))                                       # (C,)
+    squares = torch.zeros_like(target).index_add(0, y, d).square() - torch.zeros_like(target).index_add(0, y, d.square())
+    several = count > 1
+    return (squares.mean(dim=1)[several] / (count * (count - 1))[several]).sum() / several.sum().clamp(min=1)
 
 
-def frame_color(images: torch.Tensor, labels: torch.Tensor, classes: int, margin: int) -> torch.Tensor:
-    """Mean colour (C, 3) in [-1, 1] of the outermost `margin` pixels of uint8 images (N, 3, H, W), for each class."""
-    inner = images[..., margin:-margin, margin:-margin]
-    frame = (images.sum(dim=(2, 3)) - inner.sum(dim=(2, 3))) / (images[0, 0].numel() - inner[0, 0].numel())
-    return torch.stack([frame[labels == label].mean(dim=0) for label in range(classes)]) / 127.5 - 1
+def mean_color(images: torch.Tensor, labels: torch.Tensor, classes: int, margin: Optional[int] = None) -> torch.Tensor:
+    """Mean colour (C, 3) in [-1, 1] of uint8 images (N, 3, H, W), for each class; of their `margin` outermost pixels, if given."""
+    color = images.mean(dim=(2, 3), dtype=torch.float)
+    if margin:
+        inner = images[..., margin:-margin, margin:-margin]
+        ratio = inner[0, 0].numel() / images[0, 0].numel()
+        color = (color - ratio * inner.mean(dim=(2, 3), dtype=torch.float)) / (1 - ratio)
+    return torch.stack([color[labels == label].mean(dim=0) for label in range(classes)]) / 127.5 - 1
 
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -173,10 +178,10 @@ class ShapeMechanism(nn.Module):
     """f_shape: u (N, Z), class weights y (N, C) -> mask (N, 1, 32, 32) in [0, 1].
 
     The outermost `margin` pixels are 0 by construction: they show the background mechanism's output alone. Without this and
-    `frame_loss`, nothing in the paper's losses keeps foreground and background from swapping roles for some classes.
+    the `color_loss` of b, nothing in the paper's losses keeps foreground and background from swapping roles for some classes.
     """
 
-    def __init__(self, classes: int, noise: int = NOISE, width: int = 32, margin: int = MARGIN):
+    def __init__(self, classes: int, noise: int = NOISE, width: int = 48, margin: int = MARGIN):
         super().__init__()
         self.start = Start(classes, noise, 4 * width, 4)
         self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True), Up(4 * width, 2 * width, 1),
@@ -320,7 +325,8 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
              **{f"optimizer{i}": part for i, part in enumerate(optimizers)},
              **{f"schedule{i}": part for i, part in enumerate(schedules)}}
     first = _continue(out, config, parts)
-    frame = frame_color(images, labels, model.classes, config["margin"]).to(device) if config["margin"] else None
+    color = mean_color(images, labels, model.classes).to(device)
+    border = mean_color(images, labels, model.classes, config["margin"]).to(device) if config["margin"] else None
     batch, started = config["batch"], time.time()
 
     def autocast():
@@ -358,8 +364,9 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
         if config["model"] == "cgn":
             losses["binary"] = config["binary"] * min(1, step / config["binary_warmup"]) * binary_entropy(sample.mask.float())
             losses["mask"] = config["mask"] * mask_interval(sample.mask.float(), *config["interval"])
-            if frame is not None:
-                losses["frame"] = config["frame"] * frame_loss(sample.background.float(), y, frame)
+            losses["color"] = config["color"] * color_loss(sample.image.float(), y, color)
+            if border is not None:
+                losses["border"] = config["color"] * color_loss(sample.background.float(), y, border)
         optimizers[0].zero_grad()
         sum(losses.values()).backward()
         optimizers[0].step()
@@ -591,9 +598,7 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-# What differs between the variants, chosen on the validation split; a folder of pictures trains like wildlife.
-RECIPES = {"colored": {"steps": 3000, "binary": 0.3}, "double-colored": {"steps": 3000, "binary": 0.3},
-           "wildlife": {"steps": 6000, "binary": 0.3}}
+STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 6000}       # a folder of pictures trains like wildlife
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -619,20 +624,21 @@ def build_parser() -> argparse.ArgumentParser:
     mechanisms.add_argument("--margin", type=int, default=MARGIN, help="outermost pixels that are background by "
                             "construction, 0 for objects that touch the border (default: %(default)s)")
 
-    training = parser.add_argument_group("training (appendix C; default depends on the data set where none is given)")
-    training.add_argument("--steps", type=int)
+    training = parser.add_argument_group("training (appendix C)")
+    training.add_argument("--steps", type=int, help=f"default: {STEPS['colored']}, wildlife and own pictures {STEPS['wildlife']}")
     training.add_argument("--batch", type=int, default=64)
     training.add_argument("--lr", type=float, default=4e-4, help="Adam, generator; the discriminator's is twice that")
-    training.add_argument("--binary", type=float, help="weight of the mask's binary entropy")
+    training.add_argument("--binary", type=float, default=0.3, help="weight of the mask's binary entropy")
     training.add_argument("--binary-warmup", type=int, default=1000, help="steps over which that weight rises from 0")
-    training.add_argument("--frame", type=float, default=10.0, help="weight of the backgrounds' likeness to real borders")
+    training.add_argument("--color", type=float, default=10.0, help="weight of a class's mean colour in x_gen, like real "
+                          "images', and in b, like their borders'")
     training.add_argument("--noise", type=float, default=0.4, help="standard deviation of the noise on what the discriminator "
                           "sees, fading to 0 (default: %(default)s)")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe: about 1.6 times as fast "
                           "on a CPU with AMX")
     training.add_argument("--mask", type=float, default=10.0, help="weight of the mask interval")
-    training.add_argument("--interval", type=float, nargs=2, default=(0.1, 0.3), metavar=("LOW", "HIGH"),
-                          help="a mask's mean is kept in it (default: 0.1 0.3; paper: 0.1 0.9)")
+    training.add_argument("--interval", type=float, nargs=2, default=(0.05, 0.4), metavar=("LOW", "HIGH"),
+                          help="a mask's mean is kept in it (default: 0.05 0.4; paper: 0.1 0.9)")
 
     sampling = parser.add_argument_group("sampling from a trained checkpoint (section 3.2)")
     sampling.add_argument("--checkpoint", help="checkpoint.pt of a run")
@@ -669,9 +675,9 @@ def main(argv: Optional[list[str]] = None) -> None:
 def _train_main(args: argparse.Namespace, out: Path) -> None:
     images, labels, names = load_images(args.dataset, seed=args.seed, textures=args.textures, mnist=args.mnist,
                                         variance=args.variance)
-    config = {**RECIPES.get(args.dataset, RECIPES["wildlife"]), "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
+    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
     for key in ("dataset", "textures", "variance", "model", "seed", "shuffle", "margin", "steps", "batch", "lr", "binary",
-                "binary_warmup", "mask", "interval", "frame", "noise", "bf16"):
+                "binary_warmup", "mask", "interval", "color", "noise", "bf16"):
         if getattr(args, key) is not None or key == "textures":
             config[key] = getattr(args, key)
     if args.dry_run:

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
@@ -202,7 +203,10 @@ def _stages(state: dict, name: object) -> list[tuple[int, int, int]]:
 def open_photo(path: Union[str, os.PathLike]) -> Image.Image:
     """A photo as it is meant to be seen, RGB. Raises ValueError where it is none, or too small or large."""
     try:
-        with Image.open(path) as photo:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # the size is checked here
+            photo = Image.open(path)
+        with photo:
             width, height = photo.size
             if min(width, height) < SMALLEST or width * height > LARGEST:
                 raise ValueError(f"{path} has {width} x {height} pixels: at least {SMALLEST} a side and at most "
