@@ -267,13 +267,11 @@ def load(source: Union[str, os.PathLike, dict], *, frozen: bool = True) -> BigGA
     with torch.device("meta"):
         model = _build(state, name)
     expected = model.state_dict()
-    for words, keys in (("lacks", expected.keys() - state.keys()), ("has too much:", state.keys() - expected.keys())):
-        if keys:
-            raise ValueError(f"{name} {words} {', '.join(sorted(keys)[:5])}{' ..' * (len(keys) > 5)} ({len(keys)} in all)")
-    wrong = [f"{key} {tuple(state[key].shape)}, expected {tuple(value.shape)}" for key, value in expected.items()
-             if state[key].shape != value.shape]
+    wrong = [f"lacks {key}" for key in expected.keys() - state.keys()] + [f"has too much: {key}" for key in state.keys() - expected.keys()]
+    wrong += [f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}" for key, value in expected.items()
+              if key in state and state[key].shape != value.shape]
     if wrong:
-        raise ValueError(f"{name} has other shapes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise ValueError(f"{name} does not fit: {'; '.join(sorted(wrong))}")
     for key, value in state.items():
         if not value.is_floating_point() or not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise ValueError(f"{name}: {key} holds values that are not finite numbers")

@@ -782,7 +782,8 @@ def test_power_iteration_finds_the_largest_singular_value():
 @pytest.mark.parametrize("change, words", [
     (lambda state: state.pop("generator.bn.bias"), "lacks generator.bn.bias"),
     (lambda state: state.update(extra=torch.zeros(1)), "too much: extra"),
-    (lambda state: state.update({"generator.layers.1.conv_1.bias": torch.zeros(9)}), r"layers.1.conv_1.bias \(9,\), expected \(8,\)"),
+    (lambda state: state.update({"generator.layers.1.conv_1.bias": torch.zeros(9)}), r"conv_1.bias has shape \(9,\), expected \(8,\)"),
+    (lambda state: [state.pop(f"generator.layers.{k}.conv_1.bias") for k in (0, 1, 3, 4)], "(lacks .*){4}"),
     (lambda state: state["generator.layers.0.conv_0.weight_orig"].view(-1)[5].fill_(float("nan")), "not finite"),
     (lambda state: state.pop("generator.layers.0.conv_0.weight_orig"), "no BigGAN-deep"),
     (lambda state: state.clear(), "no BigGAN-deep"),
@@ -830,7 +831,6 @@ def test_imagenet_names_and_numbers_name_classes():
 
 
 def test_a_listed_file_with_another_hash_is_refused_and_an_unlisted_hash_is_printed(tmp_path, capsys):
-    shutil.copy(HERE / "weights.txt", tmp_path)
     for module in (biggan, u2net):
         name = biggan.WEIGHTS if module is biggan else "u2netp.pth"
         (tmp_path / name).write_bytes(b"something else")
@@ -839,6 +839,26 @@ def test_a_listed_file_with_another_hash_is_refused_and_an_unlisted_hash_is_prin
         (tmp_path / "mine.pth").write_bytes(b"abc")
         module.find_weights(tmp_path / "mine.pth")
         assert "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" in capsys.readouterr().out
+
+
+def test_weights_that_cannot_be_fetched_are_named_with_size_address_and_place(tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    monkeypatch.setattr(u2net, "download_file_from_google_drive", fail)
+    for module, name, size, address in ((biggan, biggan.WEIGHTS, "234411737", "https://s3.amazonaws.com/.*/biggan-deep-256"),
+                                        (u2net, "u2net.pth", "176290937", "https://drive.google.com/file/d/1ao1")):
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{name} is missing.*no network.*put the {size} bytes of {address}.* there"):
+            module.find_weights(tmp_path / "weights" / name)
+        assert not any((tmp_path / "weights").glob("*"))
+
+
+def test_fetched_weights_with_another_hash_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(u2net, "download_file_from_google_drive", lambda key, folder, name: (Path(folder) / name).write_bytes(b"?"))
+    with pytest.raises(ValueError, match="u2netp.pth has SHA-256"):
+        u2net.find_weights(tmp_path / "u2netp.pth")
+    assert not any(tmp_path.iterdir())
 
 
 def test_weights_txt_agrees_with_the_modules():

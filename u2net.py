@@ -158,13 +158,11 @@ def load(source: Union[str, os.PathLike, dict], *, align_corners: bool = False, 
     with torch.device("meta"):
         model = U2Net(_stages(state, name), align_corners)
     expected = model.state_dict()
-    for words, keys in (("lacks", expected.keys() - state.keys()), ("has too much:", state.keys() - expected.keys())):
-        if keys:
-            raise ValueError(f"{name} {words} {', '.join(sorted(keys)[:5])}{' ..' * (len(keys) > 5)} ({len(keys)} in all)")
-    wrong = [f"{key} {tuple(state[key].shape)}, expected {tuple(value.shape)}" for key, value in expected.items()
-             if state[key].shape != value.shape]
+    wrong = [f"lacks {key}" for key in expected.keys() - state.keys()] + [f"has too much: {key}" for key in state.keys() - expected.keys()]
+    wrong += [f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}" for key, value in expected.items()
+              if key in state and state[key].shape != value.shape]
     if wrong:
-        raise ValueError(f"{name} has other shapes: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise ValueError(f"{name} does not fit: {'; '.join(sorted(wrong))}")
     for key, value in state.items():
         if not torch.isfinite(value).all():
             raise ValueError(f"{name}: {key} holds values that are not finite numbers")
@@ -267,6 +265,7 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     try:
         if not path.exists() and address.startswith("https://drive.google.com/"):
             print(f"fetching {path} ({size} bytes) from {address}")
+            path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 download_file_from_google_drive(address.split("/d/")[1], folder, path.name)
                 _check(Path(folder) / path.name, sha256).replace(path)
