@@ -182,8 +182,8 @@ class Attention(nn.Module):
         query = self.snconv1x1_theta(x).flatten(2).mT                               # (N, HW, C/8)
         key = F.max_pool2d(self.snconv1x1_phi(x), 2).flatten(2).mT                  # (N, HW/4, C/8)
         value = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2).mT                  # (N, HW/4, C/2)
-        h = F.scaled_dot_product_attention(query, key, value, scale=1.0)            # (N, HW, C/2)
-        h = h.mT.unflatten(2, x.shape[2:])                                          # (N, C/2, H, W)
+        h = torch.cat([F.scaled_dot_product_attention(part, key, value, scale=1.0) for part in query.split(1024, dim=1)], dim=1)
+        h = h.mT.unflatten(2, x.shape[2:])                                          # (N, HW, C/2) -> (N, C/2, H, W)
         return x + self.gamma * self.snconv1x1_o_conv(h)
 
 
