@@ -38,7 +38,9 @@ WEIGHTS = "biggan-deep-256-pytorch_model.bin"
 class Normed(nn.Module):
     """A weight divided by its largest singular value (Miyato et al., 2018), estimated as u^T W v; and a bias.
 
-    `fold` divides once and for all, after which the layer is a plain one that cannot be trained.
+    `fold` divides once and for all, after which the layer is a plain one that cannot be trained. Between `hold` and `release`
+    the quotient is computed once and collects its gradient, so that many small batches before one optimiser step do not
+    repeat the division; the gradient that `release` hands on is the same.
     """
 
     def __init__(self, *shape: int, bias: bool = True):
@@ -47,7 +49,7 @@ class Normed(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
         self.register_buffer("weight_u", torch.empty(shape[0]))
         self.register_buffer("weight_v", torch.empty(self.weight_orig[0].numel()))
-        self.folded = False
+        self.folded, self.held = False, None
         if not self.weight_orig.is_meta:                            # where a loader needs no numbers yet
             nn.init.orthogonal_(self.weight_orig)
             for vector in (self.weight_u, self.weight_v):
@@ -56,7 +58,18 @@ class Normed(nn.Module):
     def weight(self) -> torch.Tensor:
         if self.folded:
             return self.weight_orig
+        if self.held is not None:
+            return self.held
         return self.weight_orig / (self.weight_u @ (self.weight_orig.flatten(1) @ self.weight_v))
+
+    def hold(self) -> None:
+        self.quotient = self.weight()
+        self.held = self.quotient.detach().requires_grad_()
+
+    def release(self) -> None:
+        if self.held.grad is not None:
+            self.quotient.backward(self.held.grad)
+        self.quotient = self.held = None
 
     @torch.no_grad()
     def power_iteration(self) -> None:
@@ -84,22 +97,19 @@ class Conv(Normed):
         super().__init__(o, i, k, k, bias=bias)
         self.padding, self.double = k // 2, double
 
-    def fold(self) -> None:
-        super().fold()
-        if self.double:
-            self.weight_orig.data = _doubling_kernel(self.weight_orig.data)
-
     def forward(self, x: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
         """x (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W); of the o channels only the first `rows`, if given."""
         weight, bias = self.weight()[:rows], None if self.bias is None else self.bias[:rows]
         if not self.double:
             return F.conv2d(x, weight, bias, padding=self.padding)
-        return F.conv_transpose2d(x, weight if self.folded else _doubling_kernel(weight), bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, doubling_kernel(weight), bias, stride=2, padding=1)
 
 
-def _doubling_kernel(weight: torch.Tensor) -> torch.Tensor:
-    """The transposed convolution (i, o, 4, 4) that equals upsampling and a convolution (o, i, 3, 3): each pixel counts twice."""
-    return F.avg_pool2d(weight.flip(2, 3), 2, 1, 1, divisor_override=1).transpose(0, 1)
+def doubling_kernel(weight: torch.Tensor) -> torch.Tensor:
+    """The transposed convolution (i, o, 4, 4), stride 2, that equals nearest-neighbour upsampling and then a convolution
+    (o, i, 3, 3): each pixel counts twice."""
+    side = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])          # in one dimension
+    return (weight.flatten(2) @ torch.kron(side, side).T).unflatten(2, (4, 4)).transpose(0, 1)
 
 
 class BatchNorm(nn.Module):
@@ -232,17 +242,27 @@ class BigGAN(nn.Module):
             raise ValueError(f"class {int(y.min()) if y.min() < 0 else int(y.max())} is not in 0..{self.classes - 1}")
         return self.embeddings.weight.T[y]
 
+    def norms(self) -> list[Normed]:
+        return [module for module in self.modules() if isinstance(module, Normed)]
+
     def power_iteration(self) -> None:
         """One step of every spectral norm; call it once per optimiser step."""
-        for module in self.modules():
-            if isinstance(module, Normed):
-                module.power_iteration()
+        for module in self.norms():
+            module.power_iteration()
+
+    def hold(self) -> None:
+        """Divide by the spectral norms now, for all forward passes until `release`, which hands their gradients on."""
+        for module in self.norms():
+            module.hold()
+
+    def release(self) -> None:
+        for module in self.norms():
+            module.release()
 
     def freeze(self) -> "BigGAN":
         """Divide by the spectral norms once and for all, in place; eval mode, no gradients."""
-        for module in self.modules():
-            if isinstance(module, Normed):
-                module.fold()
+        for module in self.norms():
+            module.fold()
         return self.eval().requires_grad_(False)
 
 
@@ -267,7 +287,8 @@ def load(source: Union[str, os.PathLike, dict], *, frozen: bool = True) -> BigGA
     with torch.device("meta"):
         model = _build(state, name)
     expected = model.state_dict()
-    wrong = [f"lacks {key}" for key in expected.keys() - state.keys()] + [f"has too much: {key}" for key in state.keys() - expected.keys()]
+    wrong = [f"lacks {key}" for key in expected.keys() - state.keys()]
+    wrong += [f"has too much: {key}" for key in state.keys() - expected.keys()]
     wrong += [f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}" for key, value in expected.items()
               if key in state and state[key].shape != value.shape]
     if wrong:
@@ -287,7 +308,8 @@ def _read(path: Union[str, os.PathLike]) -> dict:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:                # the format before torch 1.6 cannot be memory-mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        if isinstance(state, dict) and state and all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                                     for key, value in state.items()):
             return dict(state)
         reason = "it holds something else"
     except FileNotFoundError:
@@ -328,7 +350,8 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, i: int, o: int, half: bool):
         super().__init__()
         mid = o // 4
-        self.conv_0, self.conv_1, self.conv_2, self.conv_3 = Conv(i, mid, 1), Conv(mid, mid, 3), Conv(mid, mid, 3), Conv(mid, o, 1)
+        self.conv_0, self.conv_1 = Conv(i, mid, 1), Conv(mid, mid, 3)
+        self.conv_2, self.conv_3 = Conv(mid, mid, 3), Conv(mid, o, 1)
         self.shortcut = Conv(i, o - i, 1) if o > i else None
         self.half = half
 
@@ -361,7 +384,7 @@ class Discriminator(nn.Module):
         h = F.relu(self.layers(self.head(x))).sum(dim=(2, 3))                       # (N, C)
         return self.score(h)[:, 0] + (self.embedding.weight()[y] * h).sum(dim=1)    # (N,)
 
-    power_iteration = BigGAN.power_iteration
+    norms, power_iteration = BigGAN.norms, BigGAN.power_iteration
 
 
 def train(model: BigGAN, discriminator: Discriminator, images: torch.Tensor, labels: torch.Tensor, *, steps: int,

@@ -37,6 +37,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import functional as F_image
 
+import biggan
 import mnist_variants
 
 NOISE = 32                  # dimensions of u (authors' code)
@@ -94,7 +95,7 @@ def color_loss(images: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> t
 
 
 def mean_color(images: torch.Tensor, labels: torch.Tensor, classes: int, margin: Optional[int] = None) -> torch.Tensor:
-    """Mean colour (C, 3) in [-1, 1] of uint8 images (N, 3, H, W), for each class; of their `margin` outermost pixels, if given."""
+    """Mean colour (C, 3) in [-1, 1] of uint8 images (N, 3, H, W), by class; of `margin` outermost pixels, if given."""
     color = images.mean(dim=(2, 3), dtype=torch.float)
     if margin:
         inner = images[..., margin:-margin, margin:-margin]
@@ -155,8 +156,7 @@ class Up(nn.Module):
         self.rest = nn.Sequential(nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        kernel = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, 1, divisor_override=1)  # (o, i, 4, 4): each pixel counts twice
-        return self.rest(F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=2 - self.padding))
+        return self.rest(F.conv_transpose2d(x, biggan.doubling_kernel(self.weight), stride=2, padding=2 - self.padding))
 
 
 class Start(nn.Module):
@@ -207,7 +207,8 @@ class TextureMechanism(nn.Module):
     def __init__(self, classes: int, noise: int = NOISE, width: int = 32):
         super().__init__()
         self.start = Start(classes, noise, 2 * width, CELLS)
-        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True), Up(2 * width, width, 0), Up(width, width // 2, 0))
+        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True), Up(2 * width, width, 0),
+                                  Up(width, width // 2, 0))
         self.out = nn.Conv2d(width // 2, 3, 3)
 
     def forward(self, u: torch.Tensor, y: torch.Tensor, arrangement: torch.Tensor) -> torch.Tensor:

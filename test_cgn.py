@@ -688,7 +688,9 @@ def test_biggan_equals_stored_outputs_of_another_implementation(resolution, froz
     for truncation, expected in stored["outputs"].items():
         with torch.no_grad():
             found = model(stored["z"], stored["y"], float(truncation))
-        assert (found - expected).abs().max() <= 1e-5
+        difference = (found - expected).abs().max()
+        print(f"BigGAN-deep-{resolution}, narrow, truncation {truncation}: maximal difference {difference:.1e}")
+        assert difference <= 1e-5
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"tables of the released files are not in {SHARED}")
@@ -715,7 +717,9 @@ def test_biggan_equals_the_plain_forward_at_full_size(released_size):
     with torch.no_grad():
         expected = plain_biggan({key: value.double() for key, value in released_size.items()}, z.double(), y, 50)
         found = biggan.load(released_size)(z, y, 1.0)
-    assert (found - expected).norm() / expected.norm() <= 1e-4 and expected.std() > 0.1
+    error = (found - expected).norm() / expected.norm()
+    print(f"BigGAN-deep-256, full size: relative error {error:.1e}")
+    assert error <= 1e-4 and expected.std() > 0.1
 
 
 def test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time(released_size):
@@ -730,6 +734,7 @@ def test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time(rel
                 run()
                 seconds[name].append(time.process_time() - started)
     torch.set_num_threads(threads)
+    print(f"frozen {min(seconds['frozen']):.2f} s, plain {min(seconds['plain']):.2f} s, on one thread")
     assert min(seconds["frozen"]) <= 0.65 * min(seconds["plain"]), seconds
 
 
@@ -754,6 +759,24 @@ def test_three_channels_give_the_gradients_of_all():
     plain_biggan({**state, **leaves}, z, y, 20).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad - leaves[name].grad).norm() <= 1e-9 * (1e-6 + leaves[name].grad.norm()), name
+
+
+def test_held_norms_give_the_same_images_and_gradients():
+    """Two batches between hold and release: one division, and the gradient of both."""
+    model = biggan.load(raw_biggan(SMALL, 2), frozen=False).double()
+    z, y = torch.randn(4, 8, dtype=torch.float64), torch.tensor([3, 19, 0, 7])
+    plain = model(z, y, 0.4)
+    plain.square().sum().backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.hold()
+    for part in (slice(0, 1), slice(1, 4)):
+        held = model(z[part], y[part], 0.4)
+        assert torch.allclose(held, plain[part], atol=1e-12)
+        held.square().sum().backward()
+    model.release()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-12), name
 
 
 def test_class_weights_and_labels_agree_and_what_does_not_fit_is_refused():
@@ -807,7 +830,8 @@ def test_files_that_run_code_are_cut_off_or_of_another_network_are_one_line(tmp_
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "short.pt").write_bytes(whole[:len(whole) // 2])
     torch.save(u2net.U2Net().state_dict(), tmp_path / "other.pt")
-    for name in ("evil.pt", "short.pt", "other.pt", "nowhere.pt"):
+    torch.save({1: torch.zeros(1)}, tmp_path / "numbered.pt")
+    for name in ("evil.pt", "short.pt", "other.pt", "numbered.pt", "nowhere.pt"):
         one_line(script("biggan.py", "--weights", tmp_path / name), name)
     for option in (("--truncation", 0), ("--truncation", 1.5), ("--classes", "1000"), ("--classes", "ostrich"), ("--count", 0)):
         one_line(script("biggan.py", "--weights", tmp_path / "whole.pt", "--out", tmp_path / "x.png", *option), str(option[1]))
@@ -898,7 +922,7 @@ def test_a_small_biggan_learns_and_its_statistics_are_measured():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from Linux's /proc")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_biggan_in_little_memory(tmp_path, zipped):
-    """234 MB of weights are loaded and one image is made in 550 MB more than importing torch takes (224 MB of a CPU build)."""
+    """234 MB of weights are loaded and one image is made in 450 MB more than importing torch takes."""
     code = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import torch
@@ -908,7 +932,7 @@ before = peak()
 import biggan
 with torch.no_grad():
     biggan.load({str(tmp_path / 'w.pt')!r})(biggan.truncated_noise(1, seed=0), torch.tensor([1]))
-print(peak() - before)
+print(before, peak())
 """
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in biggan.BigGAN(RELEASED, 8).state_dict().items()}
@@ -916,7 +940,10 @@ print(peak() - before)
                _use_new_zipfile_serialization=zipped)
     assert (tmp_path / "w.pt").stat().st_size > 234e6
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0 and float(result.stdout) <= 550, result
+    assert result.returncode == 0, result
+    before, after = map(float, result.stdout.split())
+    print(f"BigGAN-deep-256, {'memory-mapped' if zipped else 'old format'}: peak {after:.0f} MB, import torch {before:.0f} MB")
+    assert after - before <= 450
 
 
 # ------------------------------------------------------------------------------------------------------------------- u2net
@@ -939,7 +966,9 @@ def test_the_lite_network_equals_another_runtime(name):
     expected = F_image.to_tensor(Image.open(ORACLES / "u2netp" / f"{name}.mask.png"))
     with torch.no_grad():
         found = u2net.load(HERE / "weights" / "u2netp.pth")(u2net.normalise(x))[0]
-    assert (found - expected).abs().max() <= 1 / 255 + 1e-3
+    difference = (found - expected).abs().max()
+    print(f"lite U-2-Net, {name}: maximal difference {difference:.4f}")
+    assert difference <= 1 / 255 + 1e-3
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"tables of the released files are not in {SHARED}")

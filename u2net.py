@@ -158,7 +158,8 @@ def load(source: Union[str, os.PathLike, dict], *, align_corners: bool = False, 
     with torch.device("meta"):
         model = U2Net(_stages(state, name), align_corners)
     expected = model.state_dict()
-    wrong = [f"lacks {key}" for key in expected.keys() - state.keys()] + [f"has too much: {key}" for key in state.keys() - expected.keys()]
+    wrong = [f"lacks {key}" for key in expected.keys() - state.keys()]
+    wrong += [f"has too much: {key}" for key in state.keys() - expected.keys()]
     wrong += [f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}" for key, value in expected.items()
               if key in state and state[key].shape != value.shape]
     if wrong:
@@ -175,7 +176,8 @@ def load(source: Union[str, os.PathLike, dict], *, align_corners: bool = False, 
 def _read(path: Union[str, os.PathLike]) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        if isinstance(state, dict) and state and all(isinstance(key, str) and isinstance(value, torch.Tensor)
+                                                     for key, value in state.items()):
             return dict(state)
         reason = "it holds something else"
     except FileNotFoundError:
