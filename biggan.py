@@ -17,9 +17,12 @@ Glossary (N images, C channels, K classes, R pixels):
     x       images                       (N, 3, R, R)   -1 .. 1
 """
 import argparse
+import contextlib
 import hashlib
 import os
+import pickle
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
@@ -30,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROWS = 51           # of stored statistics: truncation 0, 0.02, .. 1
 EPSILON = 1e-4      # inside every normalisation, and in spectral norms
+FLOATS = (torch.half, torch.bfloat16, torch.float, torch.double)
 WEIGHTS = "biggan-deep-256-pytorch_model.bin"
 
 
@@ -38,9 +42,7 @@ WEIGHTS = "biggan-deep-256-pytorch_model.bin"
 class Normed(nn.Module):
     """A weight divided by its largest singular value (Miyato et al., 2018), estimated as u^T W v; and a bias.
 
-    `fold` divides once and for all, after which the layer is a plain one that cannot be trained. Between `hold` and `release`
-    the quotient is computed once and collects its gradient, so that many small batches before one optimiser step do not
-    repeat the division; the gradient that `release` hands on is the same.
+    `fold` divides once and for all, after which the layer is a plain one that cannot be trained; for `held` see BigGAN.
     """
 
     def __init__(self, *shape: int, bias: bool = True):
@@ -62,15 +64,6 @@ class Normed(nn.Module):
             return self.held
         return self.weight_orig / (self.weight_u @ (self.weight_orig.flatten(1) @ self.weight_v))
 
-    def hold(self) -> None:
-        self.quotient = self.weight()
-        self.held = self.quotient.detach().requires_grad_()
-
-    def release(self) -> None:
-        if self.held.grad is not None:
-            self.quotient.backward(self.held.grad)
-        self.quotient = self.held = None
-
     @torch.no_grad()
     def power_iteration(self) -> None:
         """One step of u and v towards the largest singular value's vectors."""
@@ -80,6 +73,8 @@ class Normed(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
+        if self.folded:
+            return
         self.weight_orig.div_(self.weight_u @ (self.weight_orig.flatten(1) @ self.weight_v))
         self.folded = True
         del self.weight_u, self.weight_v
@@ -139,7 +134,7 @@ class BatchNorm(nn.Module):
         else:
             scale, offset = 1 + self.scale(condition), self.offset(condition)       # (N, C)
         scale = scale * (var + EPSILON).rsqrt()
-        offset = offset - mean * scale
+        scale, offset = scale.to(x.dtype), (offset - mean * scale).to(x.dtype)      # which autocast may have changed
         out = None if keep or torch.is_grad_enabled() else x
         return F.relu(torch.addcmul(offset[:, :, None, None], x, scale[:, :, None, None], out=out), inplace=True)
 
@@ -224,6 +219,8 @@ class BigGAN(nn.Module):
             raise ValueError(f"truncation {truncation} is not in 0.02..1")
         if z.ndim != 2 or z.shape[1] != self.noise:
             raise ValueError(f"noise of shape {tuple(z.shape)}, expected (N, {self.noise})")
+        if y.shape[:1] != z.shape[:1]:
+            raise ValueError(f"noise of shape {tuple(z.shape)} and classes of shape {tuple(y.shape)}: another N")
         condition = torch.cat([z, self.embed(y)], dim=1)                            # (N, noise + embedding)
         x = self.generator["gen_z"](condition)                                      # (N, 16 C)
         x = x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)                          # (N, C, 4, 4): laid out (h, w, c)
@@ -238,9 +235,11 @@ class BigGAN(nn.Module):
             if y.ndim != 2 or y.shape[1] != self.classes:
                 raise ValueError(f"class weights of shape {tuple(y.shape)}, expected (N, {self.classes})")
             return self.embeddings(y)
+        if y.ndim != 1 or y.is_complex() or y.dtype == torch.bool:
+            raise ValueError(f"labels of shape {tuple(y.shape)} and type {y.dtype}, expected (N,) long")
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < self.classes:
             raise ValueError(f"class {int(y.min()) if y.min() < 0 else int(y.max())} is not in 0..{self.classes - 1}")
-        return self.embeddings.weight.T[y]
+        return self.embeddings.weight.T[y.long()]
 
     def norms(self) -> list[Normed]:
         return [module for module in self.modules() if isinstance(module, Normed)]
@@ -250,14 +249,27 @@ class BigGAN(nn.Module):
         for module in self.norms():
             module.power_iteration()
 
-    def hold(self) -> None:
-        """Divide by the spectral norms now, for all forward passes until `release`, which hands their gradients on."""
-        for module in self.norms():
-            module.hold()
+    @contextlib.contextmanager
+    def held(self):
+        """Divide by the spectral norms once, for all forward passes inside, and hand their gradients on at the end.
 
-    def release(self) -> None:
-        for module in self.norms():
-            module.release()
+        For many small batches before one optimiser step: images and gradients are the same. Raises ValueError inside another
+        `held`, and for a frozen network.
+        """
+        norms = self.norms()
+        if any(norm.folded or norm.held is not None for norm in norms):
+            raise ValueError("the spectral norms are frozen or held already")
+        quotients = [norm.weight() for norm in norms]
+        for norm, quotient in zip(norms, quotients):
+            norm.held = quotient.detach().requires_grad_()
+        try:
+            yield self
+            for norm, quotient in zip(norms, quotients):
+                if norm.held.grad is not None:
+                    quotient.backward(norm.held.grad)
+        finally:
+            for norm in norms:
+                norm.held = None
 
     def freeze(self) -> "BigGAN":
         """Divide by the spectral norms once and for all, in place; eval mode, no gradients."""
@@ -284,6 +296,11 @@ def load(source: Union[str, os.PathLike, dict], *, frozen: bool = True) -> BigGA
     """
     state = dict(source) if isinstance(source, dict) else _read(source)
     name = "the state dict" if isinstance(source, dict) else source
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name}: {key} is no dense tensor with a name")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name}: {key} claims more numbers than are stored")
     with torch.device("meta"):
         model = _build(state, name)
     expected = model.state_dict()
@@ -293,27 +310,28 @@ def load(source: Union[str, os.PathLike, dict], *, frozen: bool = True) -> BigGA
               if key in state and state[key].shape != value.shape]
     if wrong:
         raise ValueError(f"{name} does not fit: {'; '.join(sorted(wrong))}")
-    for key, value in state.items():
-        if not value.is_floating_point() or not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
+    for key, value in state.items():                                        # a copy: the caller's tensors stay as they are
+        if value.dtype not in FLOATS:
+            raise ValueError(f"{name}: {key} holds {value.dtype}, not floating-point numbers")
+        state[key] = value = value.detach().to(torch.float, copy=isinstance(source, dict) or not value.is_contiguous())
+        if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
             raise ValueError(f"{name}: {key} holds values that are not finite numbers")
-    if isinstance(source, dict):
-        state = {key: value.clone() for key, value in state.items()}        # the caller's tensors stay as they are
-    model.load_state_dict({key: value.float() for key, value in state.items()}, assign=True)
+        if key.endswith("running_vars") and value.min() < 0:
+            raise ValueError(f"{name}: {key} holds negative variances")
+    model.load_state_dict(state, assign=True)
     return model.freeze() if frozen else model
 
 
 def _read(path: Union[str, os.PathLike]) -> dict:
     try:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                # the format before torch 1.6 cannot be memory-mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and state and all(isinstance(key, str) and isinstance(value, torch.Tensor)
-                                                     for key, value in state.items()):
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # not before torch 1.6
+        if isinstance(state, dict):
             return dict(state)
         reason = "it holds something else"
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        reason = "it is damaged, or holds more than tensors and could run code"
     except Exception as error:              # whatever a hostile or broken file makes the reader raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{path} is no state dict of tensors ({reason})")
@@ -336,8 +354,9 @@ def _build(state: dict, name: object) -> BigGAN:
             attention = len(blocks)
         else:
             blocks.append((shape(f"{prefix}.conv_0.weight_orig", 4)[1], shape(f"{prefix}.conv_3.weight_orig", 4)[0]))
-    joined = all(o == i for (_, o), (i, _) in zip(blocks, blocks[1:])) and all(i >= o for i, o in blocks)
-    if not blocks or not joined or noise < 1 or attention == len(blocks):
+    joined = all(o == i for (_, o), (i, _) in zip(blocks, blocks[1:])) and all(i >= max(o, 4) and o >= 3 for i, o in blocks)
+    joined = joined and (attention is None or attention < len(blocks) and blocks[attention][0] >= 8)
+    if not blocks or not joined or noise < 1:
         raise ValueError(f"{name} is no BigGAN-deep: its blocks do not follow each other ({blocks})")
     return BigGAN(blocks, attention, classes, noise, embedding)
 
@@ -427,8 +446,8 @@ def train(model: BigGAN, discriminator: Discriminator, images: torch.Tensor, lab
         if report and (step + 1) % 50 == 0:
             report(step + 1, {"discriminator": loss_d.item(), "generator": loss_g.item()})
     averaged = averaged.module
-    for old, new in zip(averaged.buffers(), model.buffers()):
-        old.copy_(new)
+    for _ in range(30):                             # its weights' norms are not those of the last weights
+        averaged.power_iteration()
     return averaged
 
 
@@ -478,21 +497,22 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     path, table = Path(path), Path(__file__).with_name("weights.txt")
     rows = [line.split(" | ") for line in table.read_text().splitlines()] if table.exists() else []
     size, sha256, _, address, _ = next((row[1:] for row in rows if row[0] == path.name), ("", "", "", "", ""))
+    size = f"{size} bytes" if size else "file (its size is not known)"
     try:
-        if not path.exists() and address:
-            print(f"fetching {path} ({size} bytes) from {address}")
+        if not path.exists() and address.startswith("https"):
+            print(f"fetching {path} ({size}) from {address}")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(path), sha256)      # checks the hash, then renames into place
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             for chunk in iter(lambda: file.read(2 ** 20), b""):
                 digest.update(chunk)
-    except (OSError, RuntimeError) as error:
-        remedy = f"put the {size} bytes of {address} there" if address else "name another file with --weights"
+    except Exception as error:              # whatever a network, a downloader or a disk raises
+        remedy = f"put the {size} of {address} there" if address.startswith("https") else "name another file with --weights"
         raise ValueError(f"{path} is missing or cannot be read ({error}): {remedy}") from None
     if not sha256:
-        print(f"weights.txt does not list {path.name}; SHA-256 {digest.hexdigest()}")
-    elif digest.hexdigest() != sha256:
+        print(f"weights.txt has no SHA-256 of {path.name}; it is {digest.hexdigest()}")
+    elif not digest.hexdigest().startswith(sha256):     # torchvision publishes the first digits only
         raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, but weights.txt lists {sha256}: remove it and fetch it again")
     return path
 
@@ -509,6 +529,8 @@ def save_sheet(model: BigGAN, chosen: dict[int, str], count: int, truncation: fl
         draw.multiline_text((4, 22 + row * size + size // 2 - 16), f"{number}\n{name}", "black", font)
         for column in range(count):
             x = model(z[column, None], torch.tensor([number]), truncation)[0]
+            if not torch.isfinite(x).all():
+                raise ValueError(f"the image of class {number} is not made of finite numbers: these weights are broken")
             picture = Image.fromarray(x.add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy())
             sheet.paste(picture, (left + column * size, 22 + row * size))
     partial = path.with_name(path.name + ".partial")
@@ -539,8 +561,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        if args.count < 1 or args.seed < 0 or args.threads is not None and args.threads < 1:
-            raise ValueError(f"--count {args.count}, --seed {args.seed}, --threads {args.threads}: at least 1, 0 and 1")
+        if not 1 <= args.count <= 100 or not 0 <= args.seed < 2 ** 63 or args.threads is not None and args.threads < 1:
+            raise ValueError(f"--count {args.count}, --seed {args.seed}, --threads {args.threads}: possible are 1 to 100, 0 or "
+                             "more, 1 or more")
         if args.threads:
             torch.set_num_threads(args.threads)
         model = BigGAN([(32, 16), (16, 8)]).freeze() if args.dry_run else load(find_weights(args.weights))

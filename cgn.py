@@ -26,19 +26,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
+import torch.distributed as distributed
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.datasets import ImageFolder
+from torchvision.models.vgg import make_layers
 from torchvision.transforms import functional as F_image
 
 import biggan
 import mnist_variants
+import u2net
 
 NOISE = 32                  # dimensions of u (authors' code)
 CELLS = 10                  # a texture starts as 10 x 10 cells; unpadded convolutions make 32 x 32 pixels of them
@@ -48,15 +52,27 @@ ENTROPY_CLAMP = 1e-4        # masks are clamped to [1e-4, 1 - 1e-4] inside the l
 AVERAGE = 0.999             # decay of the averaged generator that all samples are drawn from
 
 SHEET_EVERY, SHEET_COLUMNS = 500, 8
+SHEET_ROWS, SHEET_TRUNCATION, IMAGENET_SHEET_EVERY = 8, 0.5, 10
 MECHANISMS = ("shape", "texture", "background")
 
 
+# ImageNet (appendix C). Names of equation 4's terms: l1, perceptual, binary, mask, texture, background.
+LAMBDAS = {"l1": 100.0, "perceptual": 5.0, "binary": 300.0, "mask": 500.0, "texture": 5.0, "background": 2000.0}
+WITHOUT = {"shape": ("binary", "mask"), "text": ("texture",), "bg": ("background",), "rec": ("l1", "perceptual")}   # Table 1
+GRAM_SCALE = 25_000.0       # a perceptual weight of 5 is 5^2 * 5e3 a layer in the authors' code
+STYLE_CONVS = (2, 2, 3, 3)  # convolutions of VGG16 before each of its first four max-pools
+PATCHES = 6                 # the texture loss compares with a grid of 6 x 6 patches
+PATCH_TOLERANCE = 0.05      # they are drawn where the mask's mean is that close to the best place's
+
+
 class Sample(NamedTuple):
-    """What a CGN makes: mask (N, 1, H, W) in [0, 1]; foreground, background and image (N, 3, H, W) in [-1, 1]."""
+    """What a CGN makes: mask (N, 1, H, W) in [0, 1]; foreground, background and image (N, 3, H, W) in [-1, 1]; for ImageNet
+    pre_mask (N, 3, H, W) in [-1, 1] too, the picture that the mask was found in."""
     mask: torch.Tensor
     foreground: torch.Tensor
     background: torch.Tensor
     image: torch.Tensor
+    pre_mask: Optional[torch.Tensor] = None
 
 
 # ------------------------------------------------------------------------------------------------------ equations, losses
@@ -112,6 +128,45 @@ def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 def generator_loss(fake: torch.Tensor) -> torch.Tensor:
     """The generator's side of the hinge loss: raise the discriminator's scores (N,) of generated images."""
     return -fake.mean()
+
+
+def gram(h: torch.Tensor) -> torch.Tensor:
+    """Gram matrices (N, C, C) of feature maps (N, C, H, W), divided by C H W (Johnson et al., 2016)."""
+    h = _at_least_float(h).flatten(2)
+    return h @ h.mT / h[0].numel()
+
+
+def _at_least_float(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float))
+
+
+def perceptual(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+    """L_perc: mean absolute difference of the Gram matrices of feature maps (N, C, H, W), summed over the layers. A scalar.
+
+    Scaled so that the paper's weight of 5 is the authors' (GRAM_SCALE).
+    """
+    return GRAM_SCALE * sum((gram(x) - gram(y)).abs().mean() for x, y in zip(a, b))
+
+
+def patch_grid(x: torch.Tensor, m: torch.Tensor, draws: torch.Tensor, patch: int = 15) -> torch.Tensor:
+    """pg of the texture loss (C.2): 6 x 6 patches of x (N, 3, H, W) from where the mask m (N, 1, H, W) is highest, scaled to x.
+
+    draws (N, 36) in [0, 1) choose among the places whose mean mask is within 0.05 of the best. No gradient passes.
+    Raises ValueError for a patch that is no pixel or larger than x.
+    """
+    if not 1 <= patch <= min(x.shape[2:]):
+        raise ValueError(f"patches of {patch} pixels from images of {x.shape[2]} x {x.shape[3]}")
+    with torch.no_grad():
+        score = F.avg_pool2d(m, patch, 1)                                           # (N, 1, H - patch + 1, ..)
+        across = score.shape[3]
+        score, order = score.flatten(1).sort(dim=1, descending=True, stable=True)
+        count = (score >= score[:, :1] - PATCH_TOLERANCE).sum(dim=1, keepdim=True)
+        place = order.gather(1, (draws * count).long())                             # (N, 36)
+        windows = x.unfold(2, patch, 1).unfold(3, patch, 1)                         # (N, 3, .., .., patch, patch), a view
+        image = torch.arange(len(x), device=x.device)[:, None]
+        patches = windows[image, :, place // across, place % across]                # (N, 36, 3, patch, patch)
+        grid = patches.unflatten(1, (PATCHES, PATCHES)).permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return F.interpolate(grid, x.shape[2:], mode="bilinear")
 
 
 # -------------------------------------------------------------------------------------------------------------- randomness
@@ -297,6 +352,72 @@ class Discriminator(nn.Module):
         return self.score(h)[:, 0] + (self.embedding(y) * h).sum(dim=1)             # (N,)
 
 
+class ImagenetCGN(nn.Module):
+    """Figure 2: three BigGAN-deep generators; what the frozen U-2-Net finds salient in the first one's picture is the mask.
+
+    Of 256 x 256 pixels and 1,000 classes, or as large as the given generators are.
+    """
+
+    def __init__(self, f_shape: biggan.BigGAN, f_text: biggan.BigGAN, f_bg: biggan.BigGAN, saliency: u2net.U2Net):
+        super().__init__()
+        self.classes, self.noise, self.resolution = f_shape.classes, f_shape.noise, f_shape.resolution
+        self.f_shape, self.f_text, self.f_bg, self.u2net = f_shape, f_text, f_bg, saliency
+
+    def forward(self, u, y, truncation: float = 1.0) -> Sample:
+        """u (N, Z), y labels (N,) or class weights (N, C), each one tensor or a triple (shape, foreground, background).
+
+        truncation selects the statistics of normalisation; u is taken as it is. Returns a Sample with `pre_mask`. Raises
+        ValueError for a class or a truncation that is not there.
+        """
+        u_1, u_2, u_3 = u if isinstance(u, (tuple, list)) else (u, u, u)
+        y_1, y_2, y_3 = y if isinstance(y, (tuple, list)) else (y, y, y)
+        pre_mask = self.f_shape(u_1, y_1, truncation)
+        m = self.saliency(pre_mask)
+        f, b = self.f_text(u_2, y_2, truncation), self.f_bg(u_3, y_3, truncation)
+        return Sample(m, f, b, compose(m, f, b), pre_mask)
+
+    def saliency(self, x: torch.Tensor) -> torch.Tensor:
+        """How salient each pixel of x (N, 3, H, W) in [-1, 1] is, (N, 1, H, W) in [0, 1].
+
+        DEVIATION: the authors feed [-1, 1]; U-2-Net was trained on ImageNet's mean and deviation.
+        """
+        return self.u2net(u2net.normalise((x + 1) / 2))
+
+
+class StyleFeatures(nn.ModuleList):
+    """VGG16 with batch norm up to its fourth max-pool, frozen: x (N, 3, H, W) in [-1, 1] -> feature maps after each of them.
+
+    Built from torchvision's state dict of vgg16_bn, or of a narrower one; other entries are left aside, nothing else of the
+    network is made. Batch norms are folded into the convolutions. Raises ValueError where the dict does not fit.
+    """
+
+    def __init__(self, state: dict):
+        super().__init__()
+        i, number = 3, 0
+        try:
+            for count in STYLE_CONVS:
+                stage = nn.Sequential()
+                for _ in range(count):
+                    conv = nn.Conv2d(i, len(state[f"features.{number}.weight"]), 3, padding=1)
+                    norm = nn.BatchNorm2d(conv.out_channels)
+                    for layer, index in ((conv, number), (norm, number + 1)):
+                        layer.load_state_dict({key: state[f"features.{index}.{key}"] for key in layer.state_dict()})
+                    stage.append(fuse_conv_bn_eval(conv.eval(), norm.eval())).append(nn.ReLU(inplace=True))
+                    i, number = conv.out_channels, number + 3
+                self.append(stage.append(nn.MaxPool2d(2)))
+                number += 1
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"this is no state dict of vgg16_bn: {str(error).splitlines()[0]}") from None
+        self.eval().requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        h, features = u2net.normalise((x + 1) / 2), []
+        for stage in self:
+            h = stage(h)
+            features.append(h)
+        return features
+
+
 def build(config: dict) -> Union[MnistCGN, MnistGAN]:
     """The untrained generator that a run's configuration names."""
     if config["model"] == "gan":
@@ -395,6 +516,112 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
                   f"{out / f'sheet-{done:06d}.png'}")
 
 
+def imagenet_losses(model: ImagenetCGN, sample: Sample, x_gt: torch.Tensor, style: StyleFeatures, draws: torch.Tensor, *,
+                    patch: int = 15, terms: Sequence[str] = tuple(LAMBDAS)) -> dict[str, torch.Tensor]:
+    """The unweighted terms of equation 4 that are asked for: scalars, means over the images of a sample.
+
+    x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and y; draws (N, 36): see `patch_grid`.
+    """
+    m, f, b, x = (_at_least_float(part) for part in sample[:4])
+
+    def style_loss(image, target):
+        with torch.no_grad():
+            wanted = style(target)
+        return perceptual(style(image), wanted)
+
+    compute = {"l1": lambda: (x - x_gt).abs().mean(), "perceptual": lambda: style_loss(x, x_gt),
+               "binary": lambda: binary_entropy(m), "mask": lambda: mask_interval(m),
+               "texture": lambda: style_loss(f, patch_grid(x, m, draws, patch)),
+               "background": lambda: model.saliency(b).mean()}
+    return {name: compute[name]() for name in terms}
+
+
+def draw_training(model: ImagenetCGN, seed: int, indices: range, truncation: float):
+    """Noise u (N, Z), labels y (N,) and patch draws (N, 36) of the training images `indices`; image i's from rng(seed, i)."""
+    u, y, draws = [], [], []
+    for index in indices:
+        generator = rng(seed, index)
+        u.append(draw_truncated(generator, 1, model.noise, truncation))
+        y.append(int(generator.integers(model.classes)))
+        draws.append(generator.random(PATCHES ** 2, dtype=np.float32))
+    return torch.cat(u), torch.tensor(y), torch.from_numpy(np.stack(draws))
+
+
+def draw_truncated(generator: np.random.Generator, count: int, noise: int, truncation: float) -> torch.Tensor:
+    """(count, noise): a standard normal cut at -2 and 2, times the truncation."""
+    return biggan.truncated_noise(count, noise, truncation, seed=int(generator.integers(2 ** 63)))
+
+
+def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, out: Path,
+                   device: str = "cpu") -> None:
+    """Train `model` to take the frozen teacher's images apart (section 3, C.3), no real image needed.
+
+    An update's gradient is the mean over `accumulate` images, `batch` at a time, spread over the ranks of a process group if
+    there is one; spectral norms take one power iteration an update, so that the result does not depend on how it is cut.
+    Writes log.jsonl, checkpoint.pt (no frozen network in it) and sheets into `out`; continues from the checkpoint there.
+    Raises ValueError where `out` holds a run of another configuration, or a term is not finite.
+    """
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if config["accumulate"] % ranks:
+        raise ValueError(f"{config['accumulate']} images an update cannot be spread evenly over {ranks} processes")
+    weights = {name: weight for name, weight in LAMBDAS.items()
+               if not any(name in WITHOUT[part] for part in config["without"])}
+    mechanisms = {"f_shape": model.f_shape, "f_text": model.f_text, "f_bg": model.f_bg}
+    optimizer = torch.optim.Adam([{"params": list(mechanism.parameters()), "lr": lr}
+                                  for mechanism, lr in zip(mechanisms.values(), config["lr"])])
+    parts = {**mechanisms, "optimizer": optimizer}
+    for turn in (0, 1):                                                             # rank 0 first: it alone writes
+        if (rank > 0) == turn:
+            first = _continue(out, config, parts, write=rank == 0)
+        if ranks > 1:
+            distributed.barrier()
+    share = config["accumulate"] // ranks
+    started = time.time()
+
+    for step in range(first, config["steps"]):
+        begin = step * config["accumulate"] + rank * share
+        for mechanism in mechanisms.values():
+            mechanism.power_iteration()
+        means = torch.zeros(len(weights) + 1, device=device)
+        with model.f_shape.held(), model.f_text.held(), model.f_bg.held():
+            for start in range(begin, begin + share, config["batch"]):
+                part = range(start, min(start + config["batch"], begin + share))
+                u, y, draws = (drawn.to(device) for drawn in draw_training(model, config["seed"], part, config["truncation"]))
+                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
+                    with torch.no_grad():
+                        x_gt = teacher(u, y, config["truncation"])
+                    sample = model(u, y, config["truncation"])
+                    losses = imagenet_losses(model, sample, x_gt, style, draws, patch=config["patch"], terms=tuple(weights))
+                fraction = len(part) / config["accumulate"]
+                (fraction * sum(weights[name] * loss for name, loss in losses.items())).backward()
+                means += fraction * torch.stack([*losses.values(), sample.mask.mean()]).detach().float()
+        if ranks > 1:
+            for tensor in (means, *(parameter.grad for mechanism in mechanisms.values() for parameter in mechanism.parameters())):
+                distributed.all_reduce(tensor)
+        row = {"step": step + 1, **dict(zip((*weights, "mask_mean"), means.tolist()))}
+        wrong = [name for name, value in row.items() if not np.isfinite(value)]
+        if wrong:
+            raise ValueError(f"update {step + 1}: {', '.join(wrong)} is not finite; the last checkpoint is kept: try a smaller --lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        if rank:
+            continue
+        done = step + 1
+        rate = (done - first) / (time.time() - started)
+        _log(out, {**row, "updates_per_second": float(f"{rate:.3g}")})
+        if not 0.1 <= row["mask_mean"] <= 0.9:
+            print(f"update {done}: masks collapse, their mean is {row['mask_mean']:.3f} (appendix G: 0.1 .. 0.9)")
+        if sys.stdout.isatty():
+            print(f"\rupdate {done}/{config['steps']}  {(config['steps'] - done) / rate / 3600:.1f} h left  mask mean "
+                  f"{row['mask_mean']:.2f} ", end="", flush=True)
+        if done % config["sheet_every"] == 0 or done == config["steps"]:
+            path = out / f"sheet-{done:06d}.png"
+            save_imagenet_sheet(model, teacher, config["names"], path, config["seed"])
+            _save(out / "checkpoint.pt", {"config": config, "step": done,
+                                          **{name: part.state_dict() for name, part in parts.items()}})
+            print(f"{chr(13) if sys.stdout.isatty() else ''}update {done}: {time.time() - started:.0f} s, {path}")
+
+
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     with torch.no_grad():
         for old, new in zip(average.state_dict().values(), model.state_dict().values()):
@@ -402,8 +629,8 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
                 old.lerp_(new, 1 - decay)
 
 
-def _continue(out: Path, config: dict, parts: dict) -> int:
-    """Load the checkpoint in `out`, if there is one, into `parts`; cut the log back to it; return its step."""
+def _continue(out: Path, config: dict, parts: dict, write: bool = True) -> int:
+    """Load the checkpoint in `out`, if there is one, into `parts`; cut the log back to it (`write`); return its step."""
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "checkpoint.pt", out / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
@@ -413,14 +640,16 @@ def _continue(out: Path, config: dict, parts: dict) -> int:
         raise ValueError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or the same options "
                          "to continue it")
     if not path.exists():
-        mnist_variants.write_file(log, (json.dumps(config) + "\n").encode())
+        if write:
+            mnist_variants.write_file(log, (json.dumps(config) + "\n").encode())
         return 0
     state = read_checkpoint(path)
     for name, part in parts.items():
         part.load_state_dict(state[name])
-    kept = [line for line in lines[1:] if json.loads(line)["step"] <= state["step"]]
-    mnist_variants.write_file(log, ("\n".join([json.dumps(config), *kept]) + "\n").encode())
-    print(f"continuing {out} at step {state['step']}")
+    if write:
+        kept = [line for line in lines[1:] if json.loads(line)["step"] <= state["step"]]
+        mnist_variants.write_file(log, ("\n".join([json.dumps(config), *kept]) + "\n").encode())
+        print(f"continuing {out} at step {state['step']}")
     return state["step"]
 
 
@@ -451,8 +680,14 @@ def read_checkpoint(source: Union[str, os.PathLike]) -> dict:
     """The content of a checkpoint; ValueError where the file is not one. Nothing in the file can run code."""
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
-        if {"config", "average", "step"} <= state.keys():
+        if {"config", "step"} <= state.keys():
             return state
+        if any(key.startswith(("f_shape.", "module.f_shape.")) for key in state):   # the authors' cgn.pth, one flat dict
+            parts = {}
+            for key, value in state.items():
+                part, key = key.removeprefix("module.").split(".", 1)
+                parts.setdefault(part, {})[key] = value
+            return {"config": {"model": "imagenet", "align_corners": True}, "step": 0, **parts}
         reason = "it holds something else"
     except FileNotFoundError:
         raise ValueError(f"{source} does not exist: train first, e.g. python cgn.py --dataset colored") from None
@@ -461,16 +696,36 @@ def read_checkpoint(source: Union[str, os.PathLike]) -> dict:
     raise ValueError(f"{source} is no checkpoint of cgn.py ({reason}): name the checkpoint.pt of a run")
 
 
-def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN]:
-    """The averaged generator of a checkpoint, in eval mode; `.config` is its run's configuration. Raises ValueError."""
+def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetCGN]:
+    """The generator of a checkpoint (of MNIST's the averaged one), or of the authors' cgn.pth, frozen, in eval mode.
+
+    `.config` is its run's configuration. Raises ValueError for a file that is none, or does not fit its configuration.
+    """
     state = read_checkpoint(source)
     try:
-        model = build(state["config"])
-        model.load_state_dict(state["average"])
+        if state["config"]["model"] == "imagenet":
+            saliency = state["u2net"] if "u2net" in state else u2net.find_weights(state["config"]["networks"]["saliency"])
+            model = ImagenetCGN(*(biggan.load(state[name]) for name in ("f_shape", "f_text", "f_bg")),
+                                u2net.load(saliency, align_corners=state["config"]["align_corners"]))
+        else:
+            model = build(state["config"])
+            model.load_state_dict(state["average"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source} does not fit its own configuration ({str(error).splitlines()[0]})") from None
     model.config = state["config"]
     return model.to(memory_format=torch.channels_last).eval()
+
+
+def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike]) -> dict:
+    """An ImageNet checkpoint as one flat state dict in the layout of the authors' cgn.pth, teacher and U-2-Net included."""
+    state = read_checkpoint(source)
+    if state["config"]["model"] != "imagenet":
+        raise ValueError(f"{source} is a checkpoint of {state['config']['dataset']}: the authors' layout is ImageNet's")
+    saliency = u2net.find_weights(state["config"]["networks"]["saliency"])
+    parts = {"biggan_GT": biggan.load(teacher, frozen=False).state_dict(),
+             "u2net": u2net.load(saliency, frozen=False).state_dict(),
+             **{name: state[name] for name in ("f_shape", "f_text", "f_bg")}}
+    return {f"{part}.{key}": value for part, held in parts.items() for key, value in held.items()}
 
 
 def draw(model, seed: int, indices: range, per_shape: int = 1):
@@ -549,6 +804,22 @@ def interpolate(model: MnistCGN, what: str, seed: int = 0, rows: int = 10, colum
 
 
 @torch.no_grad()
+def save_imagenet_sheet(model: ImagenetCGN, teacher: biggan.BigGAN, names: list[str], path: Path, seed: int) -> None:
+    """Labelled PNG of one fixed u for each of eight classes: pre-mask, m, f, b, x_gen and the teacher's x_gt (Figures 5, 25-29)."""
+    device = next(model.parameters()).device
+    shown = torch.linspace(0, model.classes - 1, min(model.classes, SHEET_ROWS)).long()
+    rows = []
+    for label in shown:
+        u = draw_truncated(rng(seed, int(label)), 1, model.noise, SHEET_TRUNCATION).to(device)
+        y = label[None].to(device)
+        sample = model(u, y, SHEET_TRUNCATION)
+        rows.append(torch.cat([sample.pre_mask, (sample.mask * 2 - 1).expand(-1, 3, -1, -1), sample.foreground, sample.background,
+                               sample.image, teacher(u, y, SHEET_TRUNCATION)]))
+    mnist_variants.save_sheet(path, to_uint8(torch.stack(rows)).cpu(), [names[label] for label in shown],
+                              ["pre-mask", "m", "f", "b", "x_gen", "x_gt"], scale=max(1, 64 // model.resolution))
+
+
+@torch.no_grad()
 def save_training_sheet(model, names: list[str], path: Path, seed: int) -> None:
     """Labelled PNG, a row a class: m, f, b and x_gen of the same draws, then counterfactuals with that class's shape."""
     device = next(model.parameters()).device
@@ -599,15 +870,16 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 6000}       # a folder of pictures trains like wildlife
+STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 6000, "imagenet": 300}    # a folder trains like wildlife
+NETWORKS = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth"}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a Counterfactual Generative Network and draw counterfactual images.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     run = parser.add_argument_group("run")
-    run.add_argument("--dataset", default="colored", help="colored, double-colored, wildlife, or a folder with one subfolder "
-                     "a class (default: %(default)s)")
+    run.add_argument("--dataset", default="colored", help="colored, double-colored, wildlife, imagenet, or a folder with one "
+                     "subfolder a class (default: %(default)s)")
     run.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: draw textures)")
     run.add_argument("--variance", type=float, default=mnist_variants.COLOR_VARIANCE, help="colored, double-colored: of an "
                      "image's colour around its class colour (default: %(default)s; authors' double-colored: 0.0001)")
@@ -625,9 +897,21 @@ def build_parser() -> argparse.ArgumentParser:
     mechanisms.add_argument("--margin", type=int, default=MARGIN, help="outermost pixels that are background by "
                             "construction, 0 for objects that touch the border (default: %(default)s)")
 
+    imagenet = parser.add_argument_group("ImageNet (section 3, C.3)")
+    imagenet.add_argument("--accumulate", type=int, default=4000, help="images of an update (default: %(default)s)")
+    imagenet.add_argument("--lrs", type=float, nargs=3, default=(8e-6, 1e-5, 1e-5), metavar=("SHAPE", "TEXT", "BG"),
+                          help="Adam, of each mechanism (default: 8e-6 1e-5 1e-5)")
+    imagenet.add_argument("--truncation", type=float, default=1.0, help="of the noise (default: %(default)s)")
+    imagenet.add_argument("--patch", type=int, default=15, help="side of the texture loss's patches (default: %(default)s)")
+    imagenet.add_argument("--without", nargs="+", choices=tuple(WITHOUT), default=(), help="losses to leave off (Table 1)")
+    for name, file in NETWORKS.items():
+        imagenet.add_argument(f"--{name}", default=str(Path(__file__).parent / "weights" / file), metavar="FILE",
+                              help=f"frozen network (default: weights/{file}, fetched where it is absent)")
+
     training = parser.add_argument_group("training (appendix C)")
-    training.add_argument("--steps", type=int, help=f"default: {STEPS['colored']}, wildlife and own pictures {STEPS['wildlife']}")
-    training.add_argument("--batch", type=int, default=64)
+    training.add_argument("--steps", type=int, help=f"default: {STEPS['colored']}, wildlife and own pictures {STEPS['wildlife']},"
+                          f" ImageNet {STEPS['imagenet']} updates")
+    training.add_argument("--batch", type=int, help="images at once (default: 64, ImageNet 1)")
     training.add_argument("--lr", type=float, default=4e-4, help="Adam, generator; the discriminator's is twice that")
     training.add_argument("--binary", type=float, default=0.3, help="weight of the mask's binary entropy")
     training.add_argument("--binary-warmup", type=int, default=1000, help="steps over which that weight rises from 0")
@@ -646,6 +930,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--counterfactuals", type=int, metavar="N", help="write N counterfactual images and their labels")
     sampling.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: 10)")
     sampling.add_argument("--interpolate", choices=(*MECHANISMS, "all"), help="write a sheet of interpolations")
+    sampling.add_argument("--export", action="store_true", help="ImageNet: write the authors' layout of one flat state dict")
     return parser
 
 
@@ -662,11 +947,13 @@ def main(argv: Optional[list[str]] = None) -> None:
             raise ValueError(f"--seed {args.seed}: must be 0 or more")
         if args.checkpoint:
             _sample_main(args)
-        elif args.dry_run:
-            with tempfile.TemporaryDirectory() as folder:
-                _train_main(args, Path(folder))
         else:
-            _train_main(args, Path(args.out or f"runs/{Path(args.dataset).name}{'-gan' if args.model == 'gan' else ''}"))
+            run = _imagenet_main if args.dataset == "imagenet" else _train_main
+            name = Path(args.dataset).name + ("-gan" if args.model == "gan" else "")
+            with tempfile.TemporaryDirectory() as folder:
+                run(args, Path(folder) if args.dry_run else Path(args.out or f"runs/{name}"))
+            if args.dry_run:
+                print("dry run finished; nothing is kept")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -676,7 +963,7 @@ def main(argv: Optional[list[str]] = None) -> None:
 def _train_main(args: argparse.Namespace, out: Path) -> None:
     images, labels, names = load_images(args.dataset, seed=args.seed, textures=args.textures, mnist=args.mnist,
                                         variance=args.variance)
-    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
+    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
     for key in ("dataset", "textures", "variance", "model", "seed", "shuffle", "margin", "steps", "batch", "lr", "binary",
                 "binary_warmup", "mask", "interval", "color", "noise", "bf16"):
         if getattr(args, key) is not None or key == "textures":
@@ -687,15 +974,55 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
           f"{args.batch}, seed {args.seed}; torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}; "
           f"writing to {out}")
     train(config, images, labels, out, args.device)
-    if args.dry_run:
-        print("dry run finished; nothing is kept")
-    else:
+    if not args.dry_run:
         print(f"done: open the last sheet in {out}; next: python cgn.py --checkpoint {out / 'checkpoint.pt'} "
               "--counterfactuals 100000")
 
 
+def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
+    device = args.device
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                                    # started by torchrun
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if args.dry_run:
+        teacher, saliency, style = random_networks()
+    else:
+        teacher, saliency = biggan.find_weights(args.teacher), u2net.find_weights(args.saliency)
+        style = torch.load(biggan.find_weights(args.style), map_location="cpu", weights_only=True, mmap=True)
+    model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency)).to(device)
+    names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
+    config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
+              "steps": 2 if args.dry_run else args.steps or STEPS["imagenet"], "batch": args.batch or 1,
+              "accumulate": 2 if args.dry_run else args.accumulate, "lr": list(args.lrs), "truncation": args.truncation,
+              "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
+              "networks": {name: str(getattr(args, name)) for name in NETWORKS}, "sheet_every": IMAGENET_SHEET_EVERY}
+    print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
+          f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, {device}; writing to {out}")
+    train_imagenet(config, model, biggan.load(teacher).to(device), StyleFeatures(style).to(device), out, device)
+
+
+def random_networks(classes: int = 10, width: int = 16) -> tuple[dict, dict, dict]:
+    """State dicts of a BigGAN of 32 x 32 pixels, a U-2-Net and VGG16's features, tiny and random: to try the training with."""
+    teacher = biggan.BigGAN([(width, width)] * 6, None, classes, 8, 8)
+    saliency = u2net.U2Net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5)
+    layout = [layer for count in STYLE_CONVS for layer in [4] * count + ["M"]]
+    style = nn.Module()
+    style.features = make_layers(layout, batch_norm=True)
+    return teacher.state_dict(), saliency.state_dict(), style.state_dict()
+
+
 def _sample_main(args: argparse.Namespace) -> None:
+    if args.export:
+        out = Path(args.out or "cgn.pth")
+        _save(out, export(args.checkpoint, biggan.find_weights(args.teacher)))
+        print(f"wrote {out}")
+        return
     model = load(args.checkpoint).to(args.device)
+    if isinstance(model, ImagenetCGN):
+        raise ValueError(f"{args.checkpoint} is of ImageNet: only --export works with it")
     if args.interpolate:
         out = Path(args.out or f"interpolate-{args.interpolate}.png")
         images = interpolate(model, args.interpolate, args.seed)
@@ -706,7 +1033,7 @@ def _sample_main(args: argparse.Namespace) -> None:
         data = counterfactuals(model, args.counterfactuals, args.seed, args.per_shape)
         _save(out, {**data._asdict(), "names": model.config["names"], "seed": args.seed, "per_shape": args.per_shape})
     else:
-        raise ValueError("--checkpoint needs --counterfactuals N or --interpolate MECHANISM")
+        raise ValueError("--checkpoint needs --counterfactuals N, --interpolate MECHANISM or --export")
     print(f"wrote {out}")
 
 

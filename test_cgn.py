@@ -769,12 +769,13 @@ def test_held_norms_give_the_same_images_and_gradients():
     plain.square().sum().backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    model.hold()
-    for part in (slice(0, 1), slice(1, 4)):
-        held = model(z[part], y[part], 0.4)
-        assert torch.allclose(held, plain[part], atol=1e-12)
-        held.square().sum().backward()
-    model.release()
+    with model.held():
+        for part in (slice(0, 1), slice(1, 4)):
+            held = model(z[part], y[part], 0.4)
+            assert torch.allclose(held, plain[part], atol=1e-12)
+            held.square().sum().backward()
+        with pytest.raises(ValueError, match="held already"), model.held():
+            pass
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], rtol=1e-9, atol=1e-12), name
 
@@ -785,7 +786,8 @@ def test_class_weights_and_labels_agree_and_what_does_not_fit_is_refused():
     assert torch.allclose(model(z, y, 0.5), model(z, F.one_hot(y, 20).float(), 0.5), atol=1e-6)
     assert model(z, y, 0.5).shape == (2, 3, 16, 16)
     for arguments, words in (((z, y, 0.0), "truncation 0.0"), ((z, y, 1.5), "truncation 1.5"), ((z[:, :5], y, 1.0), "noise"),
-                             ((z, torch.tensor([1, 20]), 1.0), "class 20 is not in 0..19"), ((z, torch.zeros(2, 19), 1.0), "19")):
+                             ((z, torch.tensor([1, 20]), 1.0), "class 20 is not in 0..19"), ((z, torch.zeros(2, 19), 1.0), "19"),
+                             ((z, y[:1], 1.0), "another N"), ((z, y[:, None], 1.0), "labels of shape")):
         with pytest.raises(ValueError, match=words):
             model(*arguments)
 
@@ -811,6 +813,10 @@ def test_power_iteration_finds_the_largest_singular_value():
     (lambda state: [state.pop(f"generator.layers.{k}.conv_1.bias") for k in (0, 1, 3, 4)], "(lacks .*){4}"),
     (lambda state: state["generator.layers.0.conv_0.weight_orig"].view(-1)[5].fill_(float("nan")), "not finite"),
     (lambda state: state.pop("generator.layers.0.conv_0.weight_orig"), "no BigGAN-deep"),
+    (lambda state: state.update({"generator.gen_z.bias": state["generator.gen_z.bias"].long()}), "gen_z.bias holds torch.int64"),
+    (lambda state: state["generator.bn.running_vars"][3].fill_(-1), "bn.running_vars holds negative variances"),
+    (lambda state: state.update({"generator.gen_z.bias": None}), "gen_z.bias is no dense tensor"),
+    (lambda state: state.update({"generator.gen_z.bias": torch.zeros(1).expand(512)}), "claims more numbers than are stored"),
     (lambda state: state.clear(), "no BigGAN-deep"),
 ])
 def test_a_raw_dict_that_does_not_fit_is_refused_with_every_difference(change, words):
@@ -882,9 +888,11 @@ def test_weights_that_cannot_be_fetched_are_named_with_size_address_and_place(tm
 
 def test_fetched_weights_with_another_hash_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(u2net, "download_file_from_google_drive", lambda key, folder, name: (Path(folder) / name).write_bytes(b"?"))
-    with pytest.raises(ValueError, match="u2netp.pth has SHA-256"):
-        u2net.find_weights(tmp_path / "u2netp.pth")
-    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(u2net, "__file__", str(tmp_path / "u2net.py"))
+    (tmp_path / "weights.txt").write_text("u2net.pth | 1 | 00ff | - | https://drive.google.com/file/d/1 | u2net.py\n")
+    with pytest.raises(ValueError, match="u2net.pth has SHA-256 [0-9a-f]+, but weights.txt lists 00ff"):
+        u2net.find_weights(tmp_path / "u2net.pth")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.txt"]
 
 
 def test_weights_txt_agrees_with_the_modules():
@@ -917,6 +925,67 @@ def test_a_small_biggan_learns_and_its_statistics_are_measured():
         x = frozen(biggan.truncated_noise(20, 8, 1.0, seed=0), torch.arange(20) % 2, 1.0)
     mean = x.mean((2, 3)).view(10, 2, 3).mean(0)
     assert mean[0, 0] > mean[0, 2] + 0.5 and mean[1, 2] > mean[1, 0] + 0.5, mean
+
+
+def test_each_row_of_measured_statistics_is_that_of_its_truncation():
+    """One batch a row: with the same draws, stored statistics give what the batch's own gave."""
+    torch.manual_seed(0)
+    model, generator = biggan.BigGAN([(32, 32), (32, 16)], None, 2, 8, 8), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))                # means far from 0, so that they count
+    biggan.measure_statistics(model, batches=1, batch=30, seed=5)
+    with torch.no_grad():
+        for row in range(biggan.ROWS):
+            y = torch.randint(2, (30,), generator=generator)
+            z = biggan.truncated_noise(30, 8, row / 50, generator=generator)
+            if row:
+                assert torch.allclose(model(z, y, None), model(z, y, row / 50), atol=1e-3), row
+
+
+def test_measured_statistics_of_many_batches_are_those_of_all_draws():
+    torch.manual_seed(0)
+    model, generator = biggan.BigGAN([(32, 32), (32, 16)], None, 2, 8, 8), torch.Generator().manual_seed(5)
+    biggan.measure_statistics(model, batches=3, batch=30, seed=5)
+    inputs = []
+    hook = model.generator["layers"][0].bn_0.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        for row in (0, 1):
+            inputs.clear()
+            for _ in range(3):
+                y = torch.randint(2, (30,), generator=generator)
+                model(biggan.truncated_noise(30, 8, row / 50, generator=generator), y, None)
+    var, mean = torch.var_mean(torch.cat(inputs), (0, 2, 3), correction=0)
+    norm = model.generator["layers"][0].bn_0
+    assert torch.allclose(norm.running_means[1], mean, atol=1e-5) and torch.allclose(norm.running_vars[1], var, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_loading_a_dict_leaves_it_alone_and_only_frozen_weights_have_no_gradient(frozen):
+    state = raw_biggan(SMALL, 2)
+    before = {key: value.clone() for key, value in state.items()}
+    model = biggan.load(state, frozen=frozen)
+    model(torch.randn(1, 8), torch.tensor([1]), 0.5)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+    assert all(parameter.requires_grad is not frozen for parameter in model.parameters())
+
+
+def test_a_sheet_shows_the_models_own_pixels(tmp_path):
+    model = biggan.load(raw_biggan(SMALL, 2))
+    biggan.save_sheet(model, {3: "a", 7: "b"}, 2, 0.5, 1, tmp_path / "s.png")
+    x = model(biggan.truncated_noise(2, 8, 0.5, 1), torch.tensor([7, 7]), 0.5)[1]
+    found = np.array(Image.open(tmp_path / "s.png"))[22 + 18:22 + 18 + 16, 150 + 18:150 + 18 + 16]
+    assert np.abs(found - ((x.permute(1, 2, 0).numpy() + 1) * 127.5)).max() <= 0.51
+
+
+def test_the_discriminator_scores_by_class_and_attends():
+    torch.manual_seed(0)
+    d = biggan.Discriminator((16, 32, 32), 1, 3)
+    kinds = [type(layer).__name__ for layer in d.layers]
+    assert kinds == ["DiscriminatorBlock"] * 2 + ["Attention"] + ["DiscriminatorBlock"] * 2
+    x = torch.randn(3, 3, 16, 16)
+    scores = torch.stack([d(x, torch.full((3,), k)) for k in range(3)])
+    assert scores.shape == (3, 3) and not torch.allclose(scores[0], scores[1])
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from Linux's /proc")
@@ -1033,6 +1102,19 @@ def test_a_photo_becomes_a_mask_and_a_cutout_of_its_own_size(tmp_path):
     assert np.array_equal(np.array(cutout)[..., 3], np.array(mask))
 
 
+def test_sixteen_bits_and_hidden_colors_are_read_as_they_are_seen(tmp_path):
+    grey = np.linspace(0, 255, 64, dtype=np.uint8).reshape(8, 8).repeat(4, 0).repeat(4, 1)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert np.array_equal(np.array(u2net.open_photo(tmp_path / "16.png")), np.stack([grey] * 3, 2))
+    hidden = np.dstack([grey, grey, grey, np.where(grey > 100, 255, 0)]).astype(np.uint8)
+    Image.fromarray(hidden, "RGBA").save(tmp_path / "alpha.png")
+    seen = np.array(u2net.open_photo(tmp_path / "alpha.png"))
+    assert (seen[grey <= 100] == 255).all() and np.array_equal(seen[grey > 100][:, 0], grey[grey > 100])
+    Image.fromarray(np.zeros((20, 20), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(ValueError, match="float.tiff has pixels of mode F"):
+        u2net.open_photo(tmp_path / "float.tiff")
+
+
 def test_photos_that_are_none_or_too_small_or_large_and_wrong_weights_are_one_line(tmp_path):
     (tmp_path / "text.jpg").write_text("no picture")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
@@ -1047,6 +1129,261 @@ def test_photos_that_are_none_or_too_small_or_large_and_wrong_weights_are_one_li
     for name, word in (("other.pth", "no U-2-Net"), ("inf.pth", "side1.bias"), ("nowhere.pth", "missing")):
         one_line(script("u2net.py", tmp_path / "photo.png", "--weights", tmp_path / name, "--out", tmp_path / "mask.png"), name, word)
     assert not (tmp_path / "mask.png").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- cgn: ImageNet
+
+@pytest.fixture(scope="module")
+def networks():
+    """State dicts of a teacher, a U-2-Net and VGG features, tiny; norms and statistics that do something."""
+    torch.manual_seed(0)
+    _, _, style = cgn.random_networks()
+    for key, value in style.items():
+        if value.is_floating_point():
+            style[key] = 0.5 + torch.rand_like(value) if key.endswith("var") else value + 0.1 * torch.randn_like(value)
+    saliency = random_u2net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5).state_dict()
+    for key in saliency:                                            # about as many salient pixels as not, of a clear opinion
+        if key == "outconv.bias":
+            saliency[key] = saliency[key] * 0
+    return raw_biggan([(16, 16)] * 6, 2, classes=10), saliency, style
+
+
+def imagenet_model(networks, frozen=False):
+    return cgn.ImagenetCGN(*(biggan.load(networks[0], frozen=frozen) for _ in range(3)), u2net.load(networks[1]))
+
+
+def imagenet_config(**changes):
+    return {"model": "imagenet", "dataset": "imagenet", "names": [f"class {k}" for k in range(10)], "seed": 3, "steps": 3,
+            "align_corners": False, "batch": 1, "accumulate": 6, "lr": [1e-4, 2e-4, 3e-4], "truncation": 1.0, "patch": 5,
+            "without": [], "bf16": False, "networks": {}, "sheet_every": 1, **changes}
+
+
+def imagenet_run(states, out, **changes):
+    model = imagenet_model(states)
+    cgn.train_imagenet(imagenet_config(**changes), model, biggan.load(states[0]), cgn.StyleFeatures(states[2]), out)
+    return model
+
+
+def test_gram_matrices_and_the_perceptual_loss_by_hand():
+    h = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])                                # two channels of 1 x 2 pixels
+    assert torch.equal(cgn.gram(h), torch.tensor([[[5.0, 11.0], [11.0, 25.0]]]) / 4)
+    assert abs(cgn.perceptual([h, h], [0 * h, h]) / (25_000 * (5 + 11 + 11 + 25) / 16) - 1) < 1e-6
+
+
+def test_patches_come_from_where_the_mask_is_highest_and_fill_a_grid():
+    x = torch.arange(24 * 24).float().view(1, 1, 24, 24).expand(2, 3, 24, 24)
+    m = torch.full((2, 1, 24, 24), 0.2)
+    m[0, :, 2:6, 3:7], m[1, :, 15:19, 10:14] = 1.0, 0.9                             # one place of 4 x 4 pixels in each
+    grid = cgn.patch_grid(x, m, torch.linspace(0, 0.999, 36).repeat(2, 1), patch=4)
+    assert grid.shape == (2, 3, 24, 24)
+    assert torch.equal(grid[0, 1], x[0, 0, 2:6, 3:7].repeat(6, 6)) and torch.equal(grid[1, 0], x[0, 0, 15:19, 10:14].repeat(6, 6))
+    everywhere = cgn.patch_grid(x, torch.ones(2, 1, 24, 24), torch.linspace(0, 0.999, 36).repeat(2, 1), patch=4)
+    assert len(everywhere[0, 0, ::4, ::4].unique()) == 36
+    leaf = x.clone().requires_grad_()
+    assert not cgn.patch_grid(leaf, m, torch.zeros(2, 36), patch=4).requires_grad
+    with pytest.raises(ValueError, match="patches of 25 pixels"):
+        cgn.patch_grid(x, m, torch.zeros(2, 36), patch=25)
+
+
+def test_style_features_are_vggs_after_four_pools(networks):
+    layout = [layer for count in (2, 2, 3, 3) for layer in [4] * count + ["M"]]
+    plain = cgn.make_layers(layout, batch_norm=True).eval()
+    plain.load_state_dict({key.removeprefix("features."): value for key, value in networks[2].items()})
+    x, h, expected = torch.rand(2, 3, 32, 32) * 2 - 1, None, []
+    h = ((x + 1) / 2 - torch.tensor(u2net.MEAN)[:, None, None]) / torch.tensor(u2net.STD)[:, None, None]
+    for layer in plain:
+        h = layer(h)
+        if isinstance(layer, torch.nn.MaxPool2d):
+            expected.append(h)
+    found = cgn.StyleFeatures(networks[2])(x)
+    assert len(found) == 4 and all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected))
+    with pytest.raises(ValueError, match="no state dict of vgg16_bn.*features.14.weight"):
+        cgn.StyleFeatures({key: value for key, value in networks[2].items() if "features.14" not in key})
+
+
+def test_an_imagenet_cgn_is_called_like_a_small_one(networks):
+    model = imagenet_model(networks, frozen=True)
+    u, y = [torch.randn(2, 8) for _ in range(3)], [torch.tensor([1, 9])] * 3
+    before = model(u, y)
+    assert before.mask.shape == (2, 1, 32, 32) and 0 <= before.mask.min() <= before.mask.max() <= 1
+    assert all(part.shape == (2, 3, 32, 32) and part.abs().max() <= 1 for part in before[1:])
+    assert torch.equal(before.image, cgn.compose(*before[:3]))
+    for k in range(3):
+        after = model([torch.randn(2, 8) if j == k else u[j] for j in range(3)], y)
+        assert [torch.equal(a, b) for a, b in zip(before, after)][:3] == [j != k for j in range(3)]
+    with pytest.raises(ValueError, match=r"is not in 0\.\.9"):
+        model(u[0], torch.tensor([1, 10]))
+
+
+def straight_line_terms(networks, raw, u, y, draws, patch):
+    """Equation 4's terms line by line in float64: plain networks, nothing shared, nothing folded; `raw`: three raw dicts."""
+    double = {key: value.double() for key, value in networks[0].items()}
+    saliency_net = u2net.load(networks[1], frozen=False).double()
+    layers = cgn.make_layers([layer for count in (2, 2, 3, 3) for layer in [4] * count + ["M"]], batch_norm=True).double().eval()
+    layers.load_state_dict({key.removeprefix("features."): value for key, value in networks[2].items()})
+    mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (u2net.MEAN, u2net.STD))
+
+    def saliency(x):
+        return saliency_net(((x + 1) / 2 - mean) / std)
+
+    def grams(x):
+        h, found = ((x + 1) / 2 - mean) / std, []
+        for layer in layers:
+            h = layer(h)
+            if isinstance(layer, torch.nn.MaxPool2d):
+                found.append(torch.einsum("nchw,ndhw->ncd", h, h) / h[0].numel())
+        return found
+
+    def style(a, b):
+        return 25_000 * sum((p - q.detach()).abs().mean() for p, q in zip(grams(a), grams(b)))
+
+    x_gt = plain_biggan(double, u, y, 50)
+    pre, f, b = (plain_biggan(state, u, y, 50) for state in raw)
+    m = saliency(pre)
+    x = m * f + (1 - m) * b
+    grid = cgn.patch_grid(x, m, draws, patch).double()
+    clamped, mean_mask = m.clamp(1e-4, 1 - 1e-4), m.mean((1, 2, 3))
+    return {"l1": (x - x_gt).abs().mean(), "perceptual": style(x, x_gt),
+            "binary": -(clamped * clamped.log2() + (1 - clamped) * (1 - clamped).log2()).mean(),
+            "mask": ((0.1 - mean_mask).clamp(min=0) + (mean_mask - 0.9).clamp(min=0)).mean(),
+            "texture": style(f, grid), "background": saliency(b).mean()}
+
+
+@pytest.mark.parametrize("term", list(cgn.LAMBDAS))
+def test_every_term_and_its_gradient_equal_the_straight_line(networks, term):
+    """Through spectral norm, held or not, into the stored weights of all three mechanisms; float64, relative error 1e-5."""
+    saliency = dict(networks[1])
+    if term == "mask":                                              # masks that are too small, so that there is a loss
+        saliency["outconv.bias"] = saliency["outconv.bias"] - 20
+    networks = networks[0], saliency, networks[2]
+    states = [{key: value.double() for key, value in raw_biggan([(16, 16)] * 6, 2, classes=10, seed=k).items()} for k in (1, 2, 3)]
+    model = imagenet_model(networks).double()
+    for part, state in zip((model.f_shape, model.f_text, model.f_bg), states):
+        part.load_state_dict(state)
+    teacher = biggan.load(networks[0], frozen=False).double()
+    teacher.load_state_dict({key: value.double() for key, value in networks[0].items()})
+    u, y, draws = cgn.draw_training(model, 0, range(2), 1.0)
+    u = u.double()
+    with torch.no_grad():
+        x_gt = teacher(u, y, 1.0)
+    with model.f_shape.held(), model.f_text.held(), model.f_bg.held():
+        found = cgn.imagenet_losses(model, model(u, y), x_gt, cgn.StyleFeatures(networks[2]).double(), draws, patch=5, terms=[term])
+        found[term].backward()
+    raw = []
+    for part, state in zip((model.f_shape, model.f_text, model.f_bg), states):
+        names = {name for name, _ in part.named_parameters()}
+        raw.append({key: value.clone().requires_grad_() if key in names else value for key, value in state.items()})
+    expected = straight_line_terms(networks, raw, u, y, draws, 5)[term]
+    expected.backward()
+    assert expected > 0 and abs(found[term] / expected - 1) < 1e-5
+    checked = 0
+    for part, leaves in zip((model.f_shape, model.f_text, model.f_bg), raw):
+        for name, parameter in part.named_parameters():
+            if leaves[name].grad is not None and leaves[name].grad.norm() > 0:
+                assert (parameter.grad - leaves[name].grad).norm() <= 1e-5 * leaves[name].grad.norm(), name
+                checked += 1
+    assert checked > 50
+
+
+def test_an_update_does_not_depend_on_how_its_images_are_cut(networks, tmp_path):
+    runs = [imagenet_run(networks, tmp_path / str(batch), batch=batch, steps=2) for batch in (1, 4, 6)]
+    before = networks[0]["generator.gen_z.weight_orig"]
+    for other in runs[1:]:
+        for a, b in zip(runs[0].parameters(), other.parameters()):
+            assert torch.allclose(a, b, atol=2e-5)
+    assert (runs[0].f_text.generator["gen_z"].weight_orig - before).abs().max() > 1e-4
+    rows = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()[1:]] for name in ("1", "6")]
+    for a, b in zip(*rows):
+        assert all(abs(a[name] - b[name]) <= 1e-4 * abs(a[name]) for name in (*cgn.LAMBDAS, "mask_mean"))
+
+
+def test_two_processes_train_like_one(networks, tmp_path):
+    torch.save(networks, tmp_path / "networks.pt")
+    (tmp_path / "run.py").write_text(f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import torch, torch.distributed as distributed, test_cgn
+from pathlib import Path
+torch.set_num_threads(1)
+distributed.init_process_group("gloo")
+test_cgn.imagenet_run(torch.load({str(tmp_path / 'networks.pt')!r}), Path({str(tmp_path / 'two')!r}), steps=2)
+""")
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29533",
+                             str(tmp_path / "run.py")], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    imagenet_run(networks, tmp_path / "one", steps=2)
+    one, two = (cgn.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    for name in ("f_shape", "f_text", "f_bg"):
+        assert all(torch.allclose(one[name][key], two[name][key], atol=2e-5) for key in one[name])
+    assert len((tmp_path / "two" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_term_that_is_not_finite_is_named_and_the_last_checkpoint_kept(networks, tmp_path):
+    imagenet_run(networks, tmp_path, steps=1)
+    config = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    (tmp_path / "log.jsonl").write_text(json.dumps({**config, "steps": 2}) + "\n")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    broken = {**networks[2], "features.0.bias": networks[2]["features.0.bias"] + 1e30}
+    with pytest.raises(ValueError, match="update 2: perceptual, texture is not finite; the last checkpoint is kept"):
+        imagenet_run((*networks[:2], broken), tmp_path, steps=2)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_stopped_imagenet_run_continues_bit_for_bit_without_frozen_networks_in_its_checkpoint(networks, tmp_path, monkeypatch):
+    imagenet_run(networks, tmp_path / "whole")
+    save, calls = cgn.save_imagenet_sheet, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(cgn, "save_imagenet_sheet", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        imagenet_run(networks, tmp_path / "parts")
+    imagenet_run(networks, tmp_path / "parts")
+    whole, parts = (cgn.read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
+    assert whole.keys() == {"config", "step", "f_shape", "f_text", "f_bg", "optimizer"}
+    for name in ("f_shape", "f_text", "f_bg"):
+        assert all(torch.equal(whole[name][key], parts[name][key]) for key in whole[name]), name
+    with pytest.raises(ValueError, match="another accumulate"):
+        imagenet_run(networks, tmp_path / "parts", accumulate=4)
+
+
+@pytest.mark.parametrize("without, missing", [("shape", {"binary", "mask"}), ("text", {"texture"}), ("bg", {"background"}),
+                                              ("rec", {"l1", "perceptual"})])
+def test_losses_are_left_off_by_name(networks, tmp_path, without, missing):
+    imagenet_run(networks, tmp_path, steps=1, accumulate=1, without=[without])
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[1])
+    assert set(cgn.LAMBDAS) - row.keys() == missing
+
+
+def test_imagenet_checkpoints_load_and_go_to_the_authors_layout_and_back(networks, tmp_path):
+    for name, state in zip(("teacher.pt", "saliency.pt"), networks):
+        torch.save(state, tmp_path / name)
+    trained = imagenet_run(networks, tmp_path, steps=1, networks={"saliency": str(tmp_path / "saliency.pt")})
+    torch.save({f"module.{key}": value for key, value in cgn.export(tmp_path / "checkpoint.pt", tmp_path / "teacher.pt").items()},
+               tmp_path / "cgn.pth")
+    u, y = torch.randn(2, 8), torch.tensor([0, 9])
+    own, theirs = cgn.load(tmp_path / "checkpoint.pt"), cgn.load(tmp_path / "cgn.pth")
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(trained(u, y), own(u, y)))
+        assert torch.equal(own(u, y).foreground, theirs(u, y).foreground)
+    assert theirs.u2net.align_corners and not own.u2net.align_corners               # as the authors ran theirs
+    keys = torch.load(tmp_path / "cgn.pth").keys()
+    assert {key.split(".")[1] for key in keys} == {"biggan_GT", "f_shape", "f_text", "f_bg", "u2net"}
+
+
+def test_the_imagenet_defaults_are_the_papers():
+    """C.1 to C.3, as literals."""
+    args = cgn.build_parser().parse_args(["--dataset", "imagenet"])
+    assert (args.accumulate, tuple(args.lrs), args.truncation, args.patch) == (4000, (8e-6, 1e-5, 1e-5), 1.0, 15)
+    assert cgn.STEPS["imagenet"] == 300 and cgn.PATCHES ** 2 == 36
+    assert list(cgn.LAMBDAS.values()) == [100, 5, 300, 500, 5, 2000]
+
+
+def test_missing_big_networks_are_named(tmp_path):
+    one_line(script("cgn.py", "--dataset", "imagenet", "--teacher", tmp_path / "teacher.bin", "--out", tmp_path / "run"), "teacher.bin")
 
 
 # ---------------------------------------------------------------------------------------------------------- users' mistakes
@@ -1120,6 +1457,7 @@ def test_a_ground_floor_file_works_when_copied_alone(tmp_path, module, line):
 
 
 @pytest.mark.parametrize("command", [("--dataset", "colored"), ("--dataset", "wildlife", "--shuffle", "puzzle"),
+                                     ("--dataset", "imagenet"),
                                      ("--dataset", "double-colored", "--model", "gan")])
 def test_dry_runs_pass_and_keep_nothing(command, tmp_path):
     result = script(str(HERE / "cgn.py"), *command, "--dry-run", "--mnist", HERE / "data" / "mnist", cwd=tmp_path)

@@ -10,11 +10,13 @@ Submodules have the names of the released keys. Needs torch, torchvision and Pil
 import argparse
 import hashlib
 import os
+import pickle
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from torchvision.transforms import functional as F_image
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet's pixels in [0, 1]: what the network was trained on
 SIDE = 320                                                  # a photo is scaled to 320 x 320 (upstream's test script)
+FLOATS = (torch.half, torch.bfloat16, torch.float, torch.double)
 SMALLEST, LARGEST = 16, 64_000_000                          # pixels: shorter side, area
 
 STAGES = ("stage1", "stage2", "stage3", "stage4", "stage5", "stage6", "stage5d", "stage4d", "stage3d", "stage2d", "stage1d")
@@ -130,12 +133,11 @@ class U2Net(nn.Module):
         sides = [resize(getattr(self, f"side{number}")(h), x, self.align_corners) for number, h in enumerate(up[::-1], 1)]
         return [self.outconv(torch.cat(sides, dim=1)), *sides]
 
-
     def freeze(self) -> "U2Net":
         """Fold the batch norms into the convolutions, in place; eval mode, no gradients for weights."""
         self.eval()
         for module in self.modules():
-            if isinstance(module, ConvBlock):
+            if isinstance(module, ConvBlock) and isinstance(module.bn_s1, nn.BatchNorm2d):
                 module.conv_s1, module.bn_s1 = fuse_conv_bn_eval(module.conv_s1, module.bn_s1), nn.Identity()
         return self.requires_grad_(False)
 
@@ -155,6 +157,11 @@ def load(source: Union[str, os.PathLike, dict], *, align_corners: bool = False, 
     """
     state = dict(source) if isinstance(source, dict) else _read(source)
     name = "the state dict" if isinstance(source, dict) else source
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
+            raise ValueError(f"{name}: {key} is no dense tensor with a name")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(f"{name}: {key} claims more numbers than are stored")
     with torch.device("meta"):
         model = U2Net(_stages(state, name), align_corners)
     expected = model.state_dict()
@@ -165,8 +172,10 @@ def load(source: Union[str, os.PathLike, dict], *, align_corners: bool = False, 
     if wrong:
         raise ValueError(f"{name} does not fit: {'; '.join(sorted(wrong))}")
     for key, value in state.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{name}: {key} holds values that are not finite numbers")
+        if value.dtype not in FLOATS and not (value.dtype == torch.long and key.endswith("num_batches_tracked")):
+            raise ValueError(f"{name}: {key} holds {value.dtype}, not floating-point numbers")
+        if not torch.isfinite(value.float()).all() or key.endswith("running_var") and value.min() < 0:
+            raise ValueError(f"{name}: {key} holds values that are not finite numbers, or negative variances")
     model = model.to_empty(device="cpu")
     model.load_state_dict(state)
     model.eval()
@@ -176,12 +185,13 @@ def load(source: Union[str, os.PathLike, dict], *, align_corners: bool = False, 
 def _read(path: Union[str, os.PathLike]) -> dict:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(state, dict) and state and all(isinstance(key, str) and isinstance(value, torch.Tensor)
-                                                     for key, value in state.items()):
+        if isinstance(state, dict):
             return dict(state)
         reason = "it holds something else"
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except pickle.UnpicklingError:
+        reason = "it is damaged, or holds more than tensors and could run code"
     except Exception as error:              # whatever a hostile or broken file makes the reader raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"{path} is no state dict of tensors ({reason})")
@@ -211,8 +221,18 @@ def open_photo(path: Union[str, os.PathLike]) -> Image.Image:
             if min(width, height) < SMALLEST or width * height > LARGEST:
                 raise ValueError(f"{path} has {width} x {height} pixels: at least {SMALLEST} a side and at most "
                                  f"{LARGEST // 10 ** 6} million in all are possible; scale it first")
-            return ImageOps.exif_transpose(photo).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            photo = ImageOps.exif_transpose(photo)
+        if photo.mode.startswith("I;16"):                           # convert() would cut 16 bits off at 255
+            photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
+        if photo.mode in ("I", "F"):
+            raise ValueError(f"{path} has pixels of mode {photo.mode}, whose range is not known: save it with 8 or 16 bits")
+        if photo.has_transparency_data:                             # hidden pixels have no colour
+            photo = photo.convert("RGBA")
+            photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+        return photo.convert("RGB")
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path} does not open as a picture ({error})") from None
+    except Exception as error:              # whatever a broken picture makes its decoder raise
         raise ValueError(f"{path} does not open as a picture ({error})") from None
 
 
@@ -221,7 +241,9 @@ def saliency(model: U2Net, photo: Image.Image) -> Image.Image:
     """The mask of an RGB photo, grey, 0..255, at the photo's size; the network sees it at 320 x 320."""
     x = F_image.to_tensor(photo.resize((SIDE, SIDE), Image.BILINEAR, reducing_gap=3))
     mask = model(normalise(x[None]))[0]                                             # (1, 320, 320) in [0, 1]
-    return F_image.to_pil_image(mask).resize(photo.size, Image.BILINEAR)
+    if not torch.isfinite(mask).all():
+        raise ValueError("the mask is not made of finite numbers: these weights are broken")
+    return F_image.to_pil_image(mask.mul(255).round().byte()).resize(photo.size, Image.BILINEAR)
 
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -264,25 +286,31 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     path, table = Path(path), Path(__file__).with_name("weights.txt")
     rows = [line.split(" | ") for line in table.read_text().splitlines()] if table.exists() else []
     size, sha256, _, address, _ = next((row[1:] for row in rows if row[0] == path.name), ("", "", "", "", ""))
+    size = f"{size} bytes" if size else "file (its size is not known)"
     try:
         if not path.exists() and address.startswith("https://drive.google.com/"):
-            print(f"fetching {path} ({size} bytes) from {address}")
+            print(f"fetching {path} ({size}) from {address}")
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 download_file_from_google_drive(address.split("/d/")[1], folder, path.name)
-                _check(Path(folder) / path.name, sha256).replace(path)
+                return _check(Path(folder) / path.name, sha256).replace(path)
         return _check(path, sha256)
-    except (OSError, RuntimeError) as error:
-        remedy = f"put the {size} bytes of {address} there" if address else "name another file with --weights"
+    except ValueError:
+        raise
+    except Exception as error:              # whatever a network, torchvision's helper (it needs gdown) or a disk raises
+        remedy = f"put the {size} of {address} there" if address.startswith("https") else "name another file with --weights"
         raise ValueError(f"{path} is missing or cannot be read ({error}): {remedy}") from None
 
 
 def _check(path: Path, sha256: str) -> Path:
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        for chunk in iter(lambda: file.read(2 ** 20), b""):
+            digest.update(chunk)
     if not sha256:
-        print(f"weights.txt does not list {path.name}; SHA-256 {found}")
-    elif found != sha256:
-        raise ValueError(f"{path} has SHA-256 {found}, but weights.txt lists {sha256}: remove it and fetch it again")
+        print(f"weights.txt has no SHA-256 of {path.name}; it is {digest.hexdigest()}")
+    elif digest.hexdigest() != sha256:
+        raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, but weights.txt lists {sha256}: fetch it again")
     return path
 
 
@@ -318,6 +346,9 @@ def main(argv: Optional[list[str]] = None) -> None:
             if args.threads < 1:
                 raise ValueError(f"--threads {args.threads}: must be at least 1")
             torch.set_num_threads(args.threads)
+        paths = [Path(path).resolve() for path in (args.photo, args.out, args.cutout) if path]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"photo {args.photo}, --out {args.out}, --cutout {args.cutout}: each needs a name of its own")
         photo = open_photo(args.photo)
         mask = saliency(load(find_weights(args.weights), align_corners=args.align_corners), photo)
         if args.out or not args.cutout:
