@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple, Optional, Sequence, Union
+from typing import Iterator, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import torch
@@ -516,24 +516,27 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
                   f"{out / f'sheet-{done:06d}.png'}")
 
 
-def imagenet_losses(model: ImagenetCGN, sample: Sample, x_gt: torch.Tensor, style: StyleFeatures, draws: torch.Tensor, *,
-                    patch: int = 15, terms: Sequence[str] = tuple(LAMBDAS)) -> dict[str, torch.Tensor]:
-    """The unweighted terms of equation 4 that are asked for: scalars, means over the images of a sample.
+def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: torch.Tensor, x_gt: torch.Tensor,
+                    style: StyleFeatures, draws: torch.Tensor, *, patch: int = 15, terms: Sequence[str] = tuple(LAMBDAS)
+                    ) -> Iterator[tuple[str, torch.Tensor]]:
+    """The unweighted terms of equation 4 that are asked for, by name: scalars, means over images.
 
-    x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and y; draws (N, 36): see `patch_grid`.
+    m, f, b: what the mechanisms made; x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and y; draws (N, 36):
+    see `patch_grid`. One term is computed when the one before has been used, so that two graphs never need memory at once.
     """
-    m, f, b, x = (_at_least_float(part) for part in sample[:4])
+    m, f, b = (_at_least_float(part) for part in (m, f, b))
 
     def style_loss(image, target):
         with torch.no_grad():
             wanted = style(target)
         return perceptual(style(image), wanted)
 
-    compute = {"l1": lambda: (x - x_gt).abs().mean(), "perceptual": lambda: style_loss(x, x_gt),
+    compute = {"l1": lambda: (compose(m, f, b) - x_gt).abs().mean(), "perceptual": lambda: style_loss(compose(m, f, b), x_gt),
                "binary": lambda: binary_entropy(m), "mask": lambda: mask_interval(m),
-               "texture": lambda: style_loss(f, patch_grid(x, m, draws, patch)),
+               "texture": lambda: style_loss(f, patch_grid(compose(m, f, b), m, draws, patch)),
                "background": lambda: model.saliency(b).mean()}
-    return {name: compute[name]() for name in terms}
+    for name in terms:
+        yield name, compute[name]()
 
 
 def draw_training(model: ImagenetCGN, seed: int, indices: range, truncation: float):
@@ -587,21 +590,28 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
             for start in range(begin, begin + share, config["batch"]):
                 part = range(start, min(start + config["batch"], begin + share))
                 u, y, draws = (drawn.to(device) for drawn in draw_training(model, config["seed"], part, config["truncation"]))
+                fraction = len(part) / config["accumulate"]
                 with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
                     with torch.no_grad():
                         x_gt = teacher(u, y, config["truncation"])
                     sample = model(u, y, config["truncation"])
-                    losses = imagenet_losses(model, sample, x_gt, style, draws, patch=config["patch"], terms=tuple(weights))
-                fraction = len(part) / config["accumulate"]
-                (fraction * sum(weights[name] * loss for name, loss in losses.items())).backward()
-                means += fraction * torch.stack([*losses.values(), sample.mask.mean()]).detach().float()
+                    leaves = [made.detach().requires_grad_() for made in sample[:3]]        # the losses' graphs end here
+                    means[-1] += fraction * leaves[0].detach().mean()
+                    terms = imagenet_losses(model, *leaves, x_gt, style, draws, patch=config["patch"], terms=tuple(weights))
+                    for number, (name, loss) in enumerate(terms):
+                        (fraction * weights[name] * loss).backward()
+                        means[number] += fraction * loss.detach()
+                reached = [(made, leaf.grad) for made, leaf in zip(sample, leaves) if leaf.grad is not None]
+                torch.autograd.backward(*zip(*reached))
         if ranks > 1:
-            for tensor in (means, *(parameter.grad for mechanism in mechanisms.values() for parameter in mechanism.parameters())):
-                distributed.all_reduce(tensor)
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    distributed.all_reduce(parameter.grad)
+            distributed.all_reduce(means)
         row = {"step": step + 1, **dict(zip((*weights, "mask_mean"), means.tolist()))}
         wrong = [name for name, value in row.items() if not np.isfinite(value)]
         if wrong:
-            raise ValueError(f"update {step + 1}: {', '.join(wrong)} is not finite; the last checkpoint is kept: try a smaller --lr")
+            raise ValueError(f"update {step + 1}: {', '.join(wrong)} is not finite; the last checkpoint is kept: try smaller --lrs")
         optimizer.step()
         optimizer.zero_grad()
         if rank:

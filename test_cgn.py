@@ -1267,7 +1267,8 @@ def test_every_term_and_its_gradient_equal_the_straight_line(networks, term):
     with torch.no_grad():
         x_gt = teacher(u, y, 1.0)
     with model.f_shape.held(), model.f_text.held(), model.f_bg.held():
-        found = cgn.imagenet_losses(model, model(u, y), x_gt, cgn.StyleFeatures(networks[2]).double(), draws, patch=5, terms=[term])
+        found = dict(cgn.imagenet_losses(model, *model(u, y)[:3], x_gt, cgn.StyleFeatures(networks[2]).double(), draws, patch=5,
+                                         terms=[term]))
         found[term].backward()
     raw = []
     for part, state in zip((model.f_shape, model.f_text, model.f_bg), states):
