@@ -722,7 +722,7 @@ def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetC
             model.load_state_dict(state["average"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source} does not fit its own configuration ({str(error).splitlines()[0]})") from None
-    model.config = state["config"]
+    model.config, model.step = state["config"], state["step"]
     return model.to(memory_format=torch.channels_last).eval()
 
 
@@ -738,30 +738,51 @@ def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike]) ->
     return {f"{part}.{key}": value for part, held in parts.items() for key, value in held.items()}
 
 
-def draw(model, seed: int, indices: range, per_shape: int = 1):
+def draw(model, seed: int, indices: range, per_shape: int = 1, truncation: float = 1.0):
     """Noise u (3, N, Z), labels y (3, N) and arrangements (N, 2, 100) of the counterfactuals `indices`.
 
     Image i takes them from rng(seed, i) in this order; the shape's u and label come from the first image of its group of
-    `per_shape` (section 2.2: fix u, draw the other mechanisms again; 1 gives interventional images, section 2.3).
+    `per_shape` (section 2.2: fix u, draw the other mechanisms again; 1 gives interventional images, section 2.3). An ImageNet
+    CGN's noise is cut at -2 and 2 and scaled by `truncation`, and there is nothing to arrange: (N, 0).
     """
-    u, y, arrangement = [], [], []
-    for index in indices:
+    def draw_one(index: int):
         generator = rng(seed, index)
-        u.append(generator.standard_normal((3, model.noise), dtype=np.float32))
-        y.append(generator.integers(model.classes, size=3))
-        arrangement.append(draw_arrangement(generator, 1, model.shuffle)[0])
-        leader = index - index % per_shape
-        if leader != index:
-            if index == indices[0]:
-                generator = rng(seed, leader)
-                held = generator.standard_normal((3, model.noise), dtype=np.float32)[0], generator.integers(model.classes, size=3)[0]
-            u[-1][0], y[-1][0] = held
-        else:
-            held = u[-1][0], y[-1][0]
-    return (torch.from_numpy(np.stack(u, 1)), torch.from_numpy(np.stack(y, 1)), torch.from_numpy(np.stack(arrangement)))
+        if isinstance(model, ImagenetCGN):
+            return draw_truncated(generator, 3, model.noise, truncation).numpy(), generator.integers(model.classes, size=3), ()
+        return (generator.standard_normal((3, model.noise), dtype=np.float32), generator.integers(model.classes, size=3),
+                draw_arrangement(generator, 1, model.shuffle)[0])
+
+    u, y, arrangement = zip(*(draw_one(index) for index in indices))
+    u, y = np.stack(u, 1), np.stack(y, 1)
+    for place, index in enumerate(indices):
+        if index % per_shape:
+            u[0, place], y[0, place] = (u[0, place - 1], y[0, place - 1]) if place else (
+                part[0] for part in draw_one(index - index % per_shape)[:2])
+    return torch.from_numpy(u), torch.from_numpy(y), torch.from_numpy(np.array(arrangement))
 
 
 @torch.no_grad()
+def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, truncation: float = 1.0
+                         ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counterfactual images `part` (N, 3, H, W) uint8 and their labels (3, N): what `draw` gives, each mask made once."""
+    device = next(model.parameters()).device
+    u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, per_shape, truncation))
+    if isinstance(model, MnistGAN):
+        y = y[:1].expand(3, -1)
+        return to_uint8(model(u[0], y[0]).image).cpu(), y.cpu()
+    groups = torch.arange(part.start, part.stop, device=device) // per_shape
+    _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
+    first = counts.cumsum(0) - counts
+    if isinstance(model, ImagenetCGN):
+        m = model.saliency(model.f_shape(u[0, first], y[0, first], truncation))
+        f, b = model.f_text(u[1], y[1], truncation), model.f_bg(u[2], y[2], truncation)
+    else:
+        weights = F.one_hot(y, model.classes).float()
+        m = model.f_shape(u[0, first], weights[0, first])
+        f, b = model.f_text(u[1], weights[1], arrangement[:, 0]), model.f_bg(u[2], weights[2], arrangement[:, 1])
+    return to_uint8(compose(m[inverse], f, b)).cpu(), y.cpu()
+
+
 def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch: int = 100) -> mnist_variants.Variant:
     """`count` counterfactual images with the label of each mechanism, `per_shape` of them sharing one shape.
 
@@ -769,48 +790,100 @@ def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch
     From a GAN, which has no mechanisms, the images are plain samples, and the three labels agree.
     Raises ValueError for a count or per_shape below 1.
     """
-    if count < 1 or per_shape < 1:
-        raise ValueError(f"{count} images with {per_shape} per shape: both must be at least 1")
-    device = next(model.parameters()).device
+    _check_counts(count, per_shape)
     images = torch.empty(count, 3, mnist_variants.SIZE, mnist_variants.SIZE, dtype=torch.uint8)
     labels = torch.empty(3, count, dtype=torch.long)
     for start in range(0, count, batch):
         part = range(start, min(start + batch, count))
-        u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, per_shape))
-        if isinstance(model, MnistGAN):
-            y = y[:1].expand(3, -1)
-            x = model(u[0], y[0]).image
-        else:                           # one mask a group of `per_shape`, shown by all of it
-            groups = torch.arange(part.start, part.stop, device=device) // per_shape
-            _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
-            first = counts.cumsum(0) - counts
-            weights = F.one_hot(y, model.classes).float()
-            m = model.f_shape(u[0, first], weights[0, first])[inverse]
-            x = compose(m, model.f_text(u[1], weights[1], arrangement[:, 0]), model.f_bg(u[2], weights[2], arrangement[:, 1]))
-        images[part.start:part.stop] = to_uint8(x).cpu()
-        labels[:, part.start:part.stop] = y.cpu()
+        images[part.start:part.stop], labels[:, part.start:part.stop] = counterfactual_batch(model, seed, part, per_shape)
     return mnist_variants.Variant(images, *labels)
 
 
+def _check_counts(count: int, per_shape: int) -> None:
+    if count < 1 or per_shape < 1:
+        raise ValueError(f"{count} images with {per_shape} per shape: both must be at least 1")
+
+
+def write_counterfactuals(model, out: Path, count: int, seed: int = 0, per_shape: int = 10, truncation: float = 1.0,
+                          batch: int = 10) -> None:
+    """Write counterfactuals as a folder: 00000000.png and so on, and labels.csv when all are there.
+
+    The processes of a group share the work; what an interrupted run has written is not made again. Raises ValueError for a
+    count or per_shape below 1 and for a folder that holds images of other settings.
+    """
+    _check_counts(count, per_shape)
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": seed, "per_shape": per_shape, "truncation": truncation, "step": model.step, **model.config}
+    held = out / "settings.json"
+    if held.exists():
+        if json.loads(held.read_text()) != json.loads(json.dumps(settings)):
+            raise ValueError(f"{out} holds counterfactuals of another checkpoint, seed, --per-shape or --truncation: choose another --out")
+    elif rank == 0:
+        mnist_variants.write_file(held, json.dumps(settings).encode())
+    groups = -(-batch // per_shape) * per_shape                                     # whole groups: a mask is made once
+    for start in range(rank * groups, count, ranks * groups):
+        part = range(start, min(start + groups, count))
+        paths = [out / f"{index:08d}.png" for index in part]
+        if all(path.exists() for path in paths):
+            continue
+        for path, picture in zip(paths, counterfactual_batch(model, seed, part, per_shape, truncation)[0]):
+            mnist_variants.save_png(path, F_image.to_pil_image(picture))
+    if ranks > 1:
+        distributed.barrier()
+    if rank == 0:
+        rows = ["file,seed,u,shape,texture,background"]
+        for start in range(0, count, 1000):
+            part = range(start, min(start + 1000, count))
+            labels = draw(model, seed, part, per_shape, truncation)[1].T.tolist()
+            rows += [f"{index:08d}.png,{seed},{index - index % per_shape},{','.join(map(str, row))}" for index, row in zip(part, labels)]
+        mnist_variants.write_file(out / "labels.csv", ("\n".join(rows) + "\n").encode())
+
+
 @torch.no_grad()
-def interpolate(model: MnistCGN, what: str, seed: int = 0, rows: int = 10, columns: int = 10) -> torch.Tensor:
-    """Images (rows, columns, 3, 32, 32) uint8: u and class weights move linearly from one draw to another (Figures 20-22).
+def interpolate(model, what: str, seed: int = 0, rows: int = 10, columns: int = 10, truncation: float = 1.0) -> torch.Tensor:
+    """Images (rows, columns, 3, H, W) uint8: u and class weights move linearly from one draw to another (Figures 20-22).
 
     what: the mechanism that moves (shape, texture or background), or all; the others stay. ValueError for anything else.
     """
     if what not in (*MECHANISMS, "all"):
         raise ValueError(f"cannot interpolate {what!r}: choose one of {', '.join(MECHANISMS)}, all")
-    u, y, arrangement = draw(model, seed, range(2 * rows))
+    device = next(model.parameters()).device
+    u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, range(2 * rows), truncation=truncation))
     y = F.one_hot(y, model.classes).float()
-    blend = torch.linspace(0, 1, columns)[:, None]
     moving = [mechanism == what or what == "all" for mechanism in MECHANISMS]
     result = []
     for row in range(rows):
         begin, end = 2 * row, 2 * row + 1
-        path = [[torch.lerp(part[k, begin], part[k, end], blend * moving[k]) for k in range(3)] for part in (u, y)]
-        sample = model(tuple(path[0]), tuple(path[1]), arrangement[begin].expand(columns, -1, -1))
-        result.append(to_uint8(sample.image))
-    return torch.stack(result)
+        for blend in torch.linspace(0, 1, columns, device=device):
+            u_k, y_k = [[torch.lerp(part[k, begin], part[k, end], blend * moving[k])[None] for k in range(3)] for part in (u, y)]
+            last = truncation if isinstance(model, ImagenetCGN) else arrangement[begin, None]
+            result.append(to_uint8(model(u_k, y_k, last).image[0]).cpu())
+    return torch.stack(result).unflatten(0, (rows, columns))
+
+
+@torch.no_grad()
+def outputs(model: ImagenetCGN, label: int, seed: int = 0, columns: int = 6, truncation: float = 0.5) -> torch.Tensor:
+    """What each mechanism makes of one class (Figures 8-19): (5, columns, 3, R, R) uint8: pre-mask, m, f, b, x_gen."""
+    result = []
+    for index in range(columns):
+        u = draw_truncated(rng(seed, index), 1, model.noise, truncation).to(next(model.parameters()).device)
+        sample = model(u, torch.tensor([label], device=u.device), truncation)
+        result.append(torch.cat([sample.pre_mask, (sample.mask * 2 - 1).expand(-1, 3, -1, -1), *sample[1:4]]))
+    return to_uint8(torch.stack(result, 1)).cpu()
+
+
+@torch.no_grad()
+def triples(model: ImagenetCGN, labels: Sequence[Sequence[int]], seed: int = 0, columns: int = 4, truncation: float = 0.5
+            ) -> torch.Tensor:
+    """Counterfactuals of given (shape, texture, background) classes (Figures 4 and 24): (rows, columns, 3, R, R) uint8."""
+    result = []
+    for row in labels:
+        for index in range(columns):
+            u = draw_truncated(rng(seed, index), 3, model.noise, truncation).to(next(model.parameters()).device)
+            y = torch.tensor(row, device=u.device)[:, None]
+            result.append(to_uint8(model(tuple(u[:, None]), tuple(y), truncation).image[0]).cpu())
+    return torch.stack(result).unflatten(0, (len(labels), columns))
 
 
 @torch.no_grad()
@@ -827,6 +900,14 @@ def save_imagenet_sheet(model: ImagenetCGN, teacher: biggan.BigGAN, names: list[
                                sample.image, teacher(u, y, SHEET_TRUNCATION)]))
     mnist_variants.save_sheet(path, to_uint8(torch.stack(rows)).cpu(), [names[label] for label in shown],
                               ["pre-mask", "m", "f", "b", "x_gen", "x_gt"], scale=max(1, 64 // model.resolution))
+
+
+def save_gif(path: Path, images: torch.Tensor) -> None:
+    """An animation, written atomically: images (rows, frames, 3, H, W) uint8, the rows side by side, there and back again."""
+    frames = [F_image.to_pil_image(frame.permute(1, 2, 0, 3).flatten(2)) for frame in images.transpose(0, 1)]
+    content = io.BytesIO()
+    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:] + frames[-2:0:-1], duration=100, loop=0)
+    mnist_variants.write_file(path, content.getvalue())
 
 
 @torch.no_grad()
@@ -884,6 +965,14 @@ STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 6000, "imagenet": 
 NETWORKS = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth"}
 
 
+def parse_classes(text: str, classes: int, count: int) -> list[tuple[int, str]]:
+    """`count` classes, numbers or ImageNet names with commas between, as (number, name). Raises ValueError."""
+    chosen = [pair for word in text.split(",") for pair in biggan.class_numbers(word, classes).items()]
+    if len(chosen) != count:
+        raise ValueError(f"{text!r} names {len(chosen)} classes: {count} are needed{' (shape, texture, background)' * (count == 3)}")
+    return chosen
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train a Counterfactual Generative Network and draw counterfactual images.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
@@ -911,7 +1000,7 @@ def build_parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--accumulate", type=int, default=4000, help="images of an update (default: %(default)s)")
     imagenet.add_argument("--lrs", type=float, nargs=3, default=(8e-6, 1e-5, 1e-5), metavar=("SHAPE", "TEXT", "BG"),
                           help="Adam, of each mechanism (default: 8e-6 1e-5 1e-5)")
-    imagenet.add_argument("--truncation", type=float, default=1.0, help="of the noise (default: %(default)s)")
+    imagenet.add_argument("--truncation", type=float, help="of the noise (default: 1; sheets 0.5)")
     imagenet.add_argument("--patch", type=int, default=15, help="side of the texture loss's patches (default: %(default)s)")
     imagenet.add_argument("--without", nargs="+", choices=tuple(WITHOUT), default=(), help="losses to leave off (Table 1)")
     for name, file in NETWORKS.items():
@@ -937,9 +1026,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     sampling = parser.add_argument_group("sampling from a trained checkpoint (section 3.2)")
     sampling.add_argument("--checkpoint", help="checkpoint.pt of a run")
-    sampling.add_argument("--counterfactuals", type=int, metavar="N", help="write N counterfactual images and their labels")
+    sampling.add_argument("--counterfactuals", type=int, metavar="N", help="write N counterfactual images and their labels "
+                          "(ImageNet: a folder of PNG files and labels.csv)")
     sampling.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: 10)")
-    sampling.add_argument("--interpolate", choices=(*MECHANISMS, "all"), help="write a sheet of interpolations")
+    sampling.add_argument("--interpolate", choices=(*MECHANISMS, "all"), help="write a sheet of interpolations, or an "
+                          "animation to an --out that ends in .gif")
+    sampling.add_argument("--triples", nargs="+", metavar="SHAPE,TEXTURE,BACKGROUND", help="ImageNet: write a sheet of these "
+                          "counterfactuals, numbers or names: 9,949,983")
+    sampling.add_argument("--outputs", metavar="CLASS", help="ImageNet: write a sheet of what each mechanism makes of a class")
     sampling.add_argument("--export", action="store_true", help="ImageNet: write the authors' layout of one flat state dict")
     return parser
 
@@ -989,13 +1083,18 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
               "--counterfactuals 100000")
 
 
+def _join_group(args: argparse.Namespace) -> None:
+    """Join the other processes where torchrun has started this one, each with a GPU of its own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+
+
 def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
+    _join_group(args)
     device = args.device
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                                    # started by torchrun
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if args.dry_run:
         teacher, saliency, style = random_networks()
     else:
@@ -1005,7 +1104,7 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
     names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
     config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
               "steps": 2 if args.dry_run else args.steps or STEPS["imagenet"], "batch": args.batch or 1,
-              "accumulate": 2 if args.dry_run else args.accumulate, "lr": list(args.lrs), "truncation": args.truncation,
+              "accumulate": 2 if args.dry_run else args.accumulate, "lr": list(args.lrs), "truncation": 1.0 if args.truncation is None else args.truncation,
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
               "networks": {name: str(getattr(args, name)) for name in NETWORKS}, "sheet_every": IMAGENET_SHEET_EVERY}
     print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
@@ -1030,20 +1129,41 @@ def _sample_main(args: argparse.Namespace) -> None:
         _save(out, export(args.checkpoint, biggan.find_weights(args.teacher)))
         print(f"wrote {out}")
         return
+    _join_group(args)
     model = load(args.checkpoint).to(args.device)
-    if isinstance(model, ImagenetCGN):
-        raise ValueError(f"{args.checkpoint} is of ImageNet: only --export works with it")
+    imagenet, truncation = isinstance(model, ImagenetCGN), 1.0 if args.truncation is None else args.truncation
     if args.interpolate:
         out = Path(args.out or f"interpolate-{args.interpolate}.png")
-        images = interpolate(model, args.interpolate, args.seed)
-        mnist_variants.save_sheet(out, images, [f"pair {row}" for row in range(len(images))],
-                                  [f"{args.interpolate}: from left to right"] * images.shape[1])
+        images = interpolate(model, args.interpolate, args.seed, *((4, 8) if imagenet else (10, 10)), truncation)
+        if out.suffix == ".gif":
+            save_gif(out, images)
+        else:
+            mnist_variants.save_sheet(out, images, [f"pair {row}" for row in range(len(images))],
+                                      [f"{args.interpolate}: from left to right"] * images.shape[1], 1 if imagenet else 2)
+    elif args.counterfactuals is not None and imagenet:
+        out = Path(args.out or "counterfactuals")
+        write_counterfactuals(model, out, args.counterfactuals, args.seed, args.per_shape, truncation, args.batch or 10)
     elif args.counterfactuals is not None:
         out = Path(args.out or "counterfactuals.pt")
         data = counterfactuals(model, args.counterfactuals, args.seed, args.per_shape)
         _save(out, {**data._asdict(), "names": model.config["names"], "seed": args.seed, "per_shape": args.per_shape})
+    elif (args.triples or args.outputs) and imagenet:
+        truncation = SHEET_TRUNCATION if args.truncation is None else args.truncation
+        scale = max(1, 64 // model.resolution)
+        if args.outputs:
+            out = Path(args.out or "outputs.png")
+            (label, name), = parse_classes(args.outputs, model.classes, 1)
+            images = outputs(model, label, args.seed, truncation=truncation)
+            mnist_variants.save_sheet(out, images, ["pre-mask", "m", "f", "b", "x_gen"], [name] * images.shape[1], scale)
+        else:
+            out = Path(args.out or "triples.png")
+            chosen = [parse_classes(text, model.classes, 3) for text in args.triples]
+            images = triples(model, [[label for label, _ in row] for row in chosen], args.seed, truncation=truncation)
+            mnist_variants.save_sheet(out, images, [" / ".join(name for _, name in row) for row in chosen],
+                                      ["shape / texture / background"] * images.shape[1], scale)
     else:
-        raise ValueError("--checkpoint needs --counterfactuals N, --interpolate MECHANISM or --export")
+        raise ValueError("--checkpoint needs --counterfactuals N, --interpolate MECHANISM or, of ImageNet, --triples, --outputs "
+                         "or --export")
     print(f"wrote {out}")
 
 

@@ -1375,10 +1375,82 @@ def test_imagenet_checkpoints_load_and_go_to_the_authors_layout_and_back(network
     assert {key.split(".")[1] for key in keys} == {"biggan_GT", "f_shape", "f_text", "f_bg", "u2net"}
 
 
+@pytest.fixture(scope="module")
+def imagenet_checkpoint(networks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("imagenet")
+    torch.save(networks[1], out / "saliency.pt")
+    imagenet_run(networks, out, steps=1, accumulate=1, networks={"saliency": str(out / "saliency.pt")})
+    return out / "checkpoint.pt"
+
+
+def test_an_imagenet_data_set_is_a_pure_function_of_its_index_and_is_continued(imagenet_checkpoint, tmp_path, monkeypatch):
+    model = cgn.load(imagenet_checkpoint)
+    cgn.write_counterfactuals(model, tmp_path / "whole", 11, seed=5, per_shape=3, batch=6)
+    save, calls = mnist_variants.save_png, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        save(*arguments)
+
+    monkeypatch.setattr(mnist_variants, "save_png", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cgn.write_counterfactuals(model, tmp_path / "parts", 11, seed=5, per_shape=3, batch=1)
+    assert not (tmp_path / "parts" / "labels.csv").exists() and len(list((tmp_path / "parts").glob("*.png"))) == 4
+    cgn.write_counterfactuals(model, tmp_path / "parts", 11, seed=5, per_shape=3, batch=1)
+    assert len(calls) == 5 + 8                                                      # the first three were not made again
+    rows = (tmp_path / "whole" / "labels.csv").read_text()
+    assert rows == (tmp_path / "parts" / "labels.csv").read_text() and len(rows.splitlines()) == 12
+    _, y, _ = cgn.draw(model, 5, range(11), 3)
+    for index, row in enumerate(rows.splitlines()[1:]):
+        assert row == f"{index:08d}.png,5,{index - index % 3},{y[0, index]},{y[1, index]},{y[2, index]}"
+        a, b = (np.array(Image.open(tmp_path / name / row.split(",")[0])).astype(int) for name in ("whole", "parts"))
+        assert a.shape == (32, 32, 3) and np.abs(a - b).max() <= 1
+    with pytest.raises(ValueError, match="holds counterfactuals of another"):
+        cgn.write_counterfactuals(model, tmp_path / "parts", 11, seed=6, per_shape=3)
+
+
+def test_counterfactuals_show_what_the_cgn_makes_of_their_noise_and_labels(imagenet_checkpoint):
+    model = cgn.load(imagenet_checkpoint)
+    images, labels = cgn.counterfactual_batch(model, 2, range(4, 8), per_shape=4, truncation=0.5)
+    u, y, _ = cgn.draw(model, 2, range(4, 8), 4, 0.5)
+    assert torch.equal(labels, y) and (y[0] == y[0, 0]).all() and u.abs().max() <= 1 and torch.equal(u[0, 0], u[0, 3])
+    with torch.no_grad():
+        expected = cgn.to_uint8(model(tuple(u), tuple(y), 0.5).image)
+    assert (images.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("options, size", [
+    (("--outputs", "3"), (6, 5)), (("--triples", "1,2,3", "4,4,4"), (4, 2)), (("--interpolate", "all"), (8, 4)),
+])
+def test_imagenet_sheets(imagenet_checkpoint, tmp_path, options, size):
+    result = script("cgn.py", "--checkpoint", imagenet_checkpoint, *options, "--out", tmp_path / "sheet.png")
+    assert result.returncode == 0, result.stderr
+    width, height = Image.open(tmp_path / "sheet.png").size
+    side = 34 if "--interpolate" in options else 66                                 # small pictures are enlarged
+    assert height == 18 + size[1] * side and width >= size[0] * side
+
+
+def test_an_interpolation_moves_as_an_animation(trained, tmp_path):
+    result = script("cgn.py", "--checkpoint", trained / "checkpoint.pt", "--interpolate", "all", "--out", tmp_path / "move.gif")
+    assert result.returncode == 0, result.stderr
+    animation = Image.open(tmp_path / "move.gif")
+    assert animation.n_frames == 18 and animation.size == (320, 32)
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--triples", "1,2"), ("'1,2' names 2 classes: 3 are needed",)), (("--triples", "1,2,10"), ("'10'", "0..9")),
+    (("--outputs", "cat"), ("'cat'",)), (("--counterfactuals", "0"), ("at least 1",)), ((), ("--counterfactuals N",)),
+])
+def test_mistakes_in_sampling_imagenet_are_one_line(imagenet_checkpoint, tmp_path, options, words):
+    one_line(script("cgn.py", "--checkpoint", imagenet_checkpoint, *options, "--out", tmp_path / "x"), *words)
+
+
 def test_the_imagenet_defaults_are_the_papers():
     """C.1 to C.3, as literals."""
     args = cgn.build_parser().parse_args(["--dataset", "imagenet"])
-    assert (args.accumulate, tuple(args.lrs), args.truncation, args.patch) == (4000, (8e-6, 1e-5, 1e-5), 1.0, 15)
+    assert (args.accumulate, tuple(args.lrs), args.patch) == (4000, (8e-6, 1e-5, 1e-5), 15)
     assert cgn.STEPS["imagenet"] == 300 and cgn.PATCHES ** 2 == 36
     assert list(cgn.LAMBDAS.values()) == [100, 5, 300, 500, 5, 2000]
 
