@@ -814,7 +814,7 @@ def write_counterfactuals(model, out: Path, count: int, seed: int = 0, per_shape
     _check_counts(count, per_shape)
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"seed": seed, "per_shape": per_shape, "truncation": truncation, "step": model.step, **model.config}
+    settings = {"seed": seed, "per_shape": per_shape, "truncation": truncation, "step": model.step, "run": model.config}
     held = out / "settings.json"
     if held.exists():
         if json.loads(held.read_text()) != json.loads(json.dumps(settings)):
