@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -1543,10 +1544,10 @@ def test_every_readme_command_of_this_project_is_understood():
     commands = re.findall(r"^(?:\$ )?python (\w+)\.py ?([^\n#]*)", (HERE / "README.md").read_text(), re.M)
     assert len(commands) >= 5
     for module, arguments in commands:
-        sys.modules[module].build_parser().parse_args(arguments.split())
+        sys.modules[module].build_parser().parse_args(shlex.split(arguments))
 
 
 def test_defaults_are_the_documented_ones():
     args = cgn.build_parser().parse_args([])
-    assert (args.dataset, args.model, args.batch, args.lr, args.per_shape) == ("colored", "cgn", 64, 4e-4, 10)
+    assert (args.dataset, args.model, args.lr, args.per_shape) == ("colored", "cgn", 4e-4, 10)
     assert classify.build_parser().parse_args([]).seeds == [0, 1, 2]
