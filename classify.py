@@ -234,7 +234,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data, generator and classifier together")
     parser.add_argument("--count", type=int, default=100_000, help="generated images (default: %(default)s)")
     parser.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=6000, help=f"of a classifier, {BATCH} images each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=12_000, help=f"of a classifier, {BATCH} images each (default: %(default)s)")
     parser.add_argument("--generator-steps", type=int, help="of a missing CGN or GAN (default: as cgn.py)")
     parser.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: draw textures)")
     parser.add_argument("--variance", type=float, default=mnist_variants.COLOR_VARIANCE, help="colored, double-colored: of an "

@@ -108,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--predictions", help="CSV file with the columns label and prediction: accuracy and confusion")
     what.add_argument("--cgn", help="checkpoint.pt of a CGN: the 3x3 table of its mechanisms, hidden digits, swapped classes")
     parser.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
-    parser.add_argument("--reader-steps", type=int, default=6000, help="training steps of a reader (default: %(default)s)")
+    parser.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
     parser.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
     parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

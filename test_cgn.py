@@ -250,10 +250,10 @@ def test_color_loss_compares_class_means_and_not_single_images():
     assert abs(estimates.mean()) < 4 * estimates.std() / 5000 ** 0.5
 
 
-def test_hinge_losses_by_hand():
-    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
-    assert cgn.discriminator_loss(real, fake) == 0.25 + 0.75
-    assert cgn.generator_loss(fake) == 1.25
+def test_relativistic_hinge_losses_by_hand():
+    real, fake = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([-3.0, 0.0, 3.0])
+    assert abs(cgn.discriminator_loss(real, fake) - (0 + 0.5 + 3) / 3) < 1e-6
+    assert abs(cgn.generator_loss(real, fake) - (6 + 1.5 + 0) / 3) < 1e-6
 
 
 @pytest.mark.parametrize("loss", [cgn.binary_entropy, lambda m: cgn.mask_interval(m, 0.6, 0.7)])
@@ -373,7 +373,7 @@ def test_the_generator_step_leaves_the_discriminators_gradients_alone():
     model, discriminator = cgn.MnistCGN(), cgn.Discriminator()
     discriminator.requires_grad_(False)
     y = torch.tensor([1, 2])
-    cgn.generator_loss(discriminator(model(torch.randn(2, 32), y).image, y)).backward()
+    cgn.generator_loss(torch.zeros(2), discriminator(model(torch.randn(2, 32), y).image, y)).backward()
     assert all(p.grad is None for p in discriminator.parameters()) and all(p.grad is not None for p in model.parameters())
 
 
