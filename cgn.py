@@ -962,7 +962,7 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 6000, "imagenet": 300}    # a folder trains like wildlife
+STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 8000, "imagenet": 300}    # a folder trains like wildlife
 NETWORKS = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth"}
 
 
