@@ -1,6 +1,7 @@
 """Metrics of Counterfactual Generative Networks (Sauer & Geiger, ICLR 2021) as pure functions, and a command over them.
 
     python evaluate.py --predictions predictions.csv                     # columns label,prediction: accuracy and confusion
+    python evaluate.py --cue-conflict decisions.csv                      # columns file,decision: shape bias (Table 3)
     python evaluate.py --cgn runs/wildlife-cgn-0/checkpoint.pt --textures path/to/dtd    # are the mechanisms independent?
 
 Fractions are in [0, 1]; a metric of nothing is a ValueError. The functions need torch alone; the command for a CGN imports
@@ -9,6 +10,7 @@ this project's other files.
 import argparse
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Sequence
 
@@ -32,6 +34,14 @@ def confusion(predictions: torch.Tensor, labels: torch.Tensor, classes: int) -> 
     return torch.bincount(labels * classes + predictions, minlength=classes * classes).reshape(classes, classes)
 
 
+def top_k_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int = 5) -> float:
+    """Fraction in [0, 1] of labels (N,) among the k highest of scores (N, C). Raises ValueError for no samples, k not in 1..C."""
+    _check(scores[:, 0], labels)
+    if not 1 <= k <= scores.shape[1]:
+        raise ValueError(f"the {k} highest of {scores.shape[1]} scores")
+    return (scores.topk(k).indices == labels[:, None]).any(dim=1).double().mean().item()
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (N - 1; 0 for one value). Raises ValueError for none."""
     if not len(values):
@@ -43,6 +53,98 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 def _check(predictions: torch.Tensor, labels: torch.Tensor) -> None:
     if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
         raise ValueError(f"{tuple(predictions.shape)} predictions for {tuple(labels.shape)} labels: both must be (N,), N >= 1")
+
+
+def inception_score(probabilities: torch.Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Inception Score (Salimans et al., 2016): mean and standard deviation over splits of exp(E KL(p(y|x) | p(y))), 1 .. C.
+
+    probabilities (N, C), rows that sum to 1, shuffled by the seed before they are split. The network that gave them is the
+    caller's choice: torchvision's Inception gives other values than the one in TensorFlow. Raises ValueError for fewer
+    rows than splits and for rows that are no probabilities.
+    """
+    if probabilities.ndim != 2 or not 1 <= splits <= len(probabilities):
+        raise ValueError(f"{splits} splits of probabilities of shape {tuple(probabilities.shape)}: (N, C) with N >= splits >= 1")
+    p = probabilities.double()[torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(seed))]
+    if (p < 0).any() or not torch.allclose(p.sum(dim=1), torch.ones(len(p), dtype=p.dtype), atol=1e-3):
+        raise ValueError("these are no probabilities: each row must be positive and sum to 1")
+    scores = []
+    for part in p.tensor_split(splits):
+        marginal = part.mean(dim=0, keepdim=True)
+        scores.append((torch.special.xlogy(part, part) - torch.special.xlogy(part, marginal)).sum(dim=1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+# ----------------------------------------------------------------------- shape or texture, object or background (Tables 3, 4)
+
+def _indices(text: str) -> list[int]:
+    """'8 10-16' -> 8, 10, 11, .. 16."""
+    spans = [list(map(int, span.split("-"))) for span in text.split()]
+    return [index for span in spans for index in range(span[0], span[-1] + 1)]
+
+
+CUE_CONFLICT = {  # Geirhos et al. (2019): the ImageNet classes of each of 16 categories, 207 in all
+    "airplane": "404", "bear": "294-297", "bicycle": "444 671",
+    "bird": "8 10-16 18-20 22-24 80-83 87-96 98-100 127-133 135-145", "boat": "472 554 625 814 914",
+    "bottle": "440 720 737 898-899 901 907", "car": "436 511 817", "cat": "281-286", "chair": "423 559 765 857",
+    "clock": "409 530 892",
+    "dog": "152-191 193-203 205-226 228-241 243-250 252-257 259 261-263 265-268",
+    "elephant": "385-386", "keyboard": "508 878", "knife": "499", "oven": "766", "truck": "555 569 656 675 717 734 864 867"}
+IMAGENET9 = {  # Xiao et al. (2020): the ImageNet classes of each of 9 classes, 370 in all
+    "dog": "151-170 173-268", "bird": "7-24 87-100 127-146",
+    "vehicle": "407 408 428 436 444 468 511 547 555 561 565 569 573 586 603 609 612 627 656 661 665 670 671 675 690 705 717 734 "
+               "751 757 791 802 803 817 820 829 847 864 866 867 870 880",
+    "reptile": "33-68", "carnivore": "269-280 286-299 356-362 387-388", "insect": "300-326",
+    "instrument": "401 402 420 432 486 494 513 541 546 558 566 577 579 593 594 641 642 683 684 687 699 776 822 875 881 889",
+    "primate": "365-384", "fish": "0-6 389-397"}
+
+
+def cue_conflict_categories() -> dict[str, list[int]]:
+    """The 16 categories of the cue-conflict images (Geirhos et al., 2019) and their indices among ImageNet's 1,000 classes."""
+    return {name: _indices(text) for name, text in CUE_CONFLICT.items()}
+
+
+def imagenet9_map() -> list[int]:
+    """For each of ImageNet's 1,000 classes the class 0..8 of ImageNet-9 (Xiao et al., 2020), -1 for none."""
+    classes = [-1] * 1000
+    for number, text in enumerate(IMAGENET9.values()):
+        for index in _indices(text):
+            classes[index] = number
+    return classes
+
+
+def cue_conflict_decisions(probabilities: torch.Tensor) -> list[str]:
+    """The category of each row of ImageNet probabilities (N, 1000): the one whose classes have the highest mean probability."""
+    categories = cue_conflict_categories()
+    means = torch.stack([probabilities[:, indices].mean(dim=1) for indices in categories.values()], dim=1)
+    return [list(categories)[index] for index in means.argmax(dim=1)]
+
+
+def cue_conflict_labels(file: str) -> tuple[str, str]:
+    """Shape and texture category of a cue-conflict image by its name, as in airplane1-bicycle2.png. Raises ValueError."""
+    match = re.search(r"([a-z]+)\d+-([a-z]+)\d+\.png$", file)
+    if not match or not set(match.groups()) <= CUE_CONFLICT.keys():
+        raise ValueError(f"{file!r} is no name of a cue-conflict image, such as airplane1-bicycle2.png")
+    return match.groups()
+
+
+def shape_bias(decisions: Sequence[str], shape: Sequence[str], texture: Sequence[str]) -> float:
+    """Shape hits / (shape hits + texture hits), in [0, 1], of category names (Geirhos et al., 2019); agreeing pairs are dropped.
+
+    Raises ValueError for sequences of different lengths, and where no decision hits either (the bias is undefined).
+    """
+    if not len(decisions) == len(shape) == len(texture):
+        raise ValueError(f"{len(decisions)} decisions for {len(shape)} shapes and {len(texture)} textures")
+    shape_hits, texture_hits = cue_conflict_hits(decisions, shape, texture)
+    if not shape_hits + texture_hits:
+        raise ValueError("no decision is the shape's or the texture's category: the shape bias is undefined")
+    return shape_hits / (shape_hits + texture_hits)
+
+
+def cue_conflict_hits(decisions: Sequence[str], shape: Sequence[str], texture: Sequence[str]) -> tuple[int, int]:
+    """How many decisions are the shape's category, and how many the texture's, where the two differ."""
+    conflicts = [row for row in zip(decisions, shape, texture) if row[1] != row[2]]
+    return sum(d == s for d, s, _ in conflicts), sum(d == t for d, _, t in conflicts)
 
 
 # ------------------------------------------------------------------------------------------- are the mechanisms independent?
@@ -86,19 +188,32 @@ def disentanglement(sample, labels: torch.Tensor, real: Sequence[torch.Tensor], 
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-def read_predictions(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels (N,) and predictions (N,) from a CSV file with whole-number columns `label` and `prediction`. ValueError."""
+def read_rows(path: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The rows of a CSV file in the asked columns, each given by the names it may have. ValueError for a missing one, no rows."""
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        pairs = [(int(row["label"]), int(row["prediction"])) for row in rows]
-    except KeyError as error:
-        raise ValueError(f"{path} has no column {error}: it needs label and prediction") from None
-    except (TypeError, ValueError, csv.Error) as error:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file ({error})") from None
+    found = []
+    for names in columns:
+        held = [name for name in names if name in (reader.fieldnames or ())]
+        if not held:
+            raise ValueError(f"{path} has no column {' or '.join(names)}: it needs {', '.join(names[0] for names in columns)}")
+        found.append(held[0])
+    if not rows:
+        raise ValueError(f"{path} has no row: a metric of nothing is undefined")
+    return [tuple(row[name] or "" for name in found) for row in rows]
+
+
+def read_predictions(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (N,) and predictions (N,) from a CSV file with whole-number columns `label` and `prediction`. ValueError."""
+    rows = read_rows(path, ("label",), ("prediction",))
+    try:
+        return tuple(torch.tensor([(int(label), int(prediction)) for label, prediction in rows]).T)
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} is no table of whole numbers ({error}): it needs the columns label and prediction") from None
-    if not pairs:
-        raise ValueError(f"{path} has no row: accuracy of nothing is undefined")
-    return tuple(torch.tensor(pairs).T)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,6 +221,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--predictions", help="CSV file with the columns label and prediction: accuracy and confusion")
+    what.add_argument("--cue-conflict", help="CSV file with the columns file and decision (or imagename and object_response, as "
+                      "published by Geirhos et al.): shape bias")
     what.add_argument("--cgn", help="checkpoint.pt of a CGN: the 3x3 table of its mechanisms, hidden digits, swapped classes")
     parser.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
     parser.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
@@ -120,7 +237,8 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        result = _predictions_main(args) if args.predictions else _cgn_main(args)
+        main_of = _predictions_main if args.predictions else _cue_conflict_main if args.cue_conflict else _cgn_main
+        result = main_of(args)
         if args.out:
             Path(args.out).write_text(json.dumps(result) + "\n")
     except (ValueError, OSError) as error:
@@ -135,6 +253,17 @@ def _predictions_main(args: argparse.Namespace) -> dict:
     for row, line in enumerate(counts.tolist()):
         print(f"| {row} | " + " | ".join(str(count) for count in line) + " |")
     return {"accuracy": accuracy(predictions, labels), "samples": len(labels), "confusion": counts.tolist()}
+
+
+def _cue_conflict_main(args: argparse.Namespace) -> dict:
+    files, decisions = zip(*read_rows(args.cue_conflict, ("file", "imagename"), ("decision", "object_response")))
+    unknown = sorted(set(decisions) - CUE_CONFLICT.keys())
+    if unknown:
+        raise ValueError(f"{args.cue_conflict}: {unknown[0]!r} is none of the 16 categories ({', '.join(CUE_CONFLICT)})")
+    shape, texture = zip(*map(cue_conflict_labels, files))
+    bias, hits = shape_bias(decisions, shape, texture), cue_conflict_hits(decisions, shape, texture)
+    print(f"shape bias {100 * bias:.2f} %: of {len(files)} images {hits[0]} by shape, {hits[1]} by texture")
+    return {"shape_bias": bias, "shape_hits": hits[0], "texture_hits": hits[1], "images": len(files)}
 
 
 def _cgn_main(args: argparse.Namespace) -> dict:

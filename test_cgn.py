@@ -554,6 +554,72 @@ def test_mean_and_sample_standard_deviation_by_hand():
         evaluate.mean_std([])
 
 
+def test_top_k_accuracy_by_hand():
+    scores, labels = torch.tensor([[0.1, 0.5, 0.4], [0.6, 0.3, 0.1], [0.2, 0.3, 0.5]]), torch.tensor([2, 2, 2])
+    assert [evaluate.top_k_accuracy(scores, labels, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    with pytest.raises(ValueError, match="the 4 highest of 3"):
+        evaluate.top_k_accuracy(scores, labels, 4)
+
+
+def test_inception_score_by_hand():
+    assert evaluate.inception_score(torch.eye(4).repeat(25, 1), 1) == pytest.approx((4, 0))     # sure and even: the class count
+    assert evaluate.inception_score(torch.full((10, 4), 0.25), 5) == pytest.approx((1, 0))
+    p = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    expected = np.exp((0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25) + np.log(1 / 0.75)) / 2)
+    assert evaluate.inception_score(p, 1)[0] == pytest.approx(expected)
+    mean, std = evaluate.inception_score(torch.eye(5).repeat(21, 1), 10)            # 105 rows: parts of 11 and of 10
+    assert 3 < mean < 5 and 0 < std < 1                                             # shuffled: no part is even
+    for bad in ((p, 3), (p, 0), (2 * p, 1), (p[0], 1)):
+        with pytest.raises(ValueError):
+            evaluate.inception_score(*bad)
+
+
+def test_categories_and_imagenet9_have_the_published_sizes():
+    categories = evaluate.cue_conflict_categories()
+    sizes = {"airplane": 1, "bear": 4, "bicycle": 2, "bird": 49, "boat": 5, "bottle": 7, "car": 3, "cat": 6, "chair": 4, "clock": 3,
+             "dog": 109, "elephant": 2, "keyboard": 2, "knife": 1, "oven": 1, "truck": 8}
+    assert {name: len(set(indices)) for name, indices in categories.items()} == sizes and sum(sizes.values()) == 207
+    classes = torch.tensor(evaluate.imagenet9_map())
+    assert len(classes) == 1000 and (classes >= 0).sum() == 370
+    for index, number in ((151, 0), (171, -1), (268, 0), (7, 1), (146, 1), (407, 2), (880, 2), (33, 3), (299, 4), (326, 5), (889, 6),
+                          (384, 7), (0, 8), (397, 8), (999, -1)):
+        assert classes[index] == number, index
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"published decisions are not in {SHARED}")
+@pytest.mark.parametrize("name, percent, hits", [
+    ("squeezenet1_1_session-1", 18.22, (133, 597)), ("squeezenet1_1_train_60_epochs_lr0.001_session-1", 79.02, (467, 124)),
+    ("alexnet_session_1", 42.94, (283, 376))])
+def test_published_decisions_give_the_published_shape_bias(name, percent, hits):
+    folder = SHARED / "oracles" / "cue_conflict"
+    result = script("evaluate.py", "--cue-conflict", folder / f"style-transfer-512-nomask-experiment_{name}.csv")
+    assert f"shape bias {percent} %: of 1280 images {hits[0]} by shape, {hits[1]} by texture" in result.stdout, result
+    lines = (folder / "categories.txt").read_text().splitlines()
+    table = dict(line.split("\t") for line in lines if not line.startswith("#"))
+    assert evaluate.cue_conflict_categories() == {name: evaluate._indices(text) for name, text in table.items()}
+
+
+def test_shape_bias_by_hand():
+    shape, texture = ["cat", "cat", "dog", "dog", "car"], ["dog", "dog", "cat", "dog", "oven"]
+    assert evaluate.shape_bias(["cat", "dog", "dog", "dog", "cat"], shape, texture) == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="undefined"):
+        evaluate.shape_bias(["oven"] * 4 + ["cat"], shape, texture)
+    with pytest.raises(ValueError, match="4 decisions for 5 shapes"):
+        evaluate.shape_bias(["cat"] * 4, shape, texture)
+    probabilities = torch.zeros(2, 1000)
+    probabilities[0, 152:200] = 0.01                                                # 47 dogs, of 109: less on average than one knife
+    probabilities[0, 499], probabilities[1, 385] = 0.006, 1.0
+    assert evaluate.cue_conflict_decisions(probabilities) == ["knife", "elephant"]
+
+
+def test_a_table_of_decisions_with_a_mistake_is_one_line(tmp_path):
+    for content, word in (("file,choice\na,cat\n", "decision or object_response"), ("file,decision\n", "no row"),
+                          ("file,decision\ncat1-dog2.png,cow\n", "'cow' is none of the 16"),
+                          ("file,decision\ncat.png,cat\n", "'cat.png'"), ("file,decision\ncat1-dog2.png,car\n", "undefined")):
+        (tmp_path / "d.csv").write_text(content)
+        one_line(script("evaluate.py", "--cue-conflict", tmp_path / "d.csv"), word)
+
+
 def test_disentanglement_of_perfect_hidden_and_swapped_mechanisms():
     """Labels are grey levels: the mask's in row 0, the foreground's in row 1, the background's in row 2 of a 4 x 4 picture."""
     labels = torch.arange(10).repeat(20)
@@ -588,7 +654,7 @@ def test_predictions_of_any_system_are_judged(tmp_path):
     result = script("evaluate.py", "--predictions", tmp_path / "p.csv", "--out", tmp_path / "p.json")
     assert "50.00 % of 4" in result.stdout and "| 2 | 0 | 1 | 0 |" in result.stdout
     assert json.loads((tmp_path / "p.json").read_text())["confusion"] == [[1, 0, 0], [1, 1, 0], [0, 1, 0]]
-    for content, word in (("label,guess\n0,0\n", "no column 'prediction'"), ("label,prediction\n", "no row"),
+    for content, word in (("label,guess\n0,0\n", "no column prediction"), ("label,prediction\n", "no row"),
                           ("label,prediction\n0,cat\n", "cat"), ("label,prediction\n0\n", "whole numbers"),
                           ("label,prediction\n-1,0\n", "-1")):
         (tmp_path / "p.csv").write_text(content)
