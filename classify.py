@@ -7,6 +7,8 @@ the shape does. The same CNN is trained on
     original+gan    and as many samples of a conditional GAN, whose images are biased alike
     cgn             counterfactual images of a CGN alone
     original+cgn    and real ones: the paper's method
+    irm-2, irm-5    real images in environments whose colours agree with the label in 90 to 100 %: invariant risk minimization
+    lntl            the biased training split, while colours are unlearned: learning not to learn
     randomised      real images whose foreground and background labels are random: a ceiling no method here may reach
     recombined      the same with ten random foregrounds and backgrounds a digit: the ceiling of ten counterfactuals a shape
 
@@ -19,7 +21,7 @@ import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -30,7 +32,10 @@ import cgn
 import evaluate
 import mnist_variants
 
-METHODS = ("original", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
+METHODS = ("original", "irm-2", "irm-5", "lntl", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
+ENVIRONMENTS = {"irm-2": (0.9, 1.0), "irm-5": (0.9, 0.925, 0.95, 0.975, 1.0)}       # agreement of colour and label (C.4)
+IRM_WEIGHT = 1000.0         # of the penalty at the end; it rises linearly from 0
+LNTL_BINS, LNTL_ENTROPY, LNTL_REVERSAL, LNTL_BATCH = 8, 0.01, 0.1, 128              # Kim et al. (2019), their code
 LABELS = ("shape", "foreground", "background")
 BATCH = 64
 EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
@@ -56,29 +61,116 @@ class Classifier(nn.Sequential):
             nn.AvgPool2d(7), nn.Flatten(), nn.Linear(64, classes))                          # (N, C)
 
 
+def draw_batch(sources: Sequence[Source], seed: int, step: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images (n, 3, 32, 32) in [-1, 1] and labels (n,) from each source, its own number of them, by cgn.rng(seed, step)."""
+    generator = cgn.rng(seed, step)
+    batches = []
+    for images, labels, count in sources:
+        chosen = torch.from_numpy(generator.integers(len(images), size=count))
+        batches.append((cgn.to_float(images[chosen].to(device)), labels[chosen].to(device)))
+    return batches
+
+
+def erm(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], progress: float) -> torch.Tensor:
+    """Empirical risk: the mean cross-entropy of all scores (n, C) of all sources. A scalar."""
+    return F.cross_entropy(torch.cat(tuple(scores)), torch.cat(tuple(labels)))
+
+
+def irm(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], progress: float) -> torch.Tensor:
+    """Invariant risk minimization (Arjovsky et al., 2019): mean risk of the environments and, rising with progress 0 .. 1, their
+    mean penalty. All of it is divided by the penalty's weight once that exceeds 1. A scalar."""
+    weight = IRM_WEIGHT * progress
+    penalty = sum(irm_penalty(z, y) for z, y in zip(scores, labels)) / len(scores)
+    risk = sum(F.cross_entropy(z, y) for z, y in zip(scores, labels)) / len(scores)
+    return (risk + weight * penalty) / max(1.0, weight)
+
+
+def irm_penalty(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Squared derivative of the risk of scores s z (n, C) by the dummy scale s at 1; estimated without bias as the product of
+    the derivatives over the even and the odd half of the batch. A scalar, also below 0. Raises ValueError for n < 2."""
+    if len(z) < 2:
+        raise ValueError(f"the penalty needs two images of an environment or more, not {len(z)}")
+    derivative = ((z.softmax(dim=1) - F.one_hot(y, z.shape[1])) * z).sum(dim=1)     # of each image's cross-entropy
+    return derivative[::2].mean() * derivative[1::2].mean()
+
+
 def fit(sources: Sequence[Source], steps: int, seed: int = 0, classes: int = 10, bf16: bool = False,
-        device: str = "cpu") -> Classifier:
+        device: str = "cpu", objective: Callable = erm) -> Classifier:
     """Train a classifier on batches that mix the sources in fixed numbers: Adadelta, learning rate 1, x 0.7 an epoch.
 
-    A pure function of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns it in eval mode.
+    objective(scores of each source, labels of each, progress in 0 .. 1) -> loss, `erm` or `irm`. A pure function of its
+    arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the classifier in eval mode.
     """
     torch.manual_seed(seed)
     model = Classifier(classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // EPOCHS), 0.7)
     for step in range(steps):
-        generator = cgn.rng(seed, step)
-        chosen = [torch.from_numpy(generator.integers(len(images), size=count)) for images, _, count in sources]
-        x = torch.cat([images[index] for (images, _, _), index in zip(sources, chosen)]).to(device)
-        y = torch.cat([labels[index] for (_, labels, _), index in zip(sources, chosen)]).to(device)
+        x, y = zip(*draw_batch(sources, seed, step, device))
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
-            scores = model(cgn.to_float(x))
-        loss = F.cross_entropy(scores.float(), y)
+            scores = model(torch.cat(x))
+        loss = objective(scores.float().split([len(part) for part in y]), y, step / steps)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     return model.eval()
+
+
+class ColorHeads(nn.ModuleList):
+    """LNTL's bias networks: features (N, 32, 14, 14) -> scores (N, 8, 3, 14, 14) of each pixel's red, green and blue bin."""
+
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+                                       nn.Conv2d(32, LNTL_BINS, 3, padding=1)) for _ in range(3))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return torch.stack([head(h) for head in self], dim=2)
+
+
+def color_bins(x: torch.Tensor, size: int = 14) -> torch.Tensor:
+    """LNTL's targets: images (N, 3, H, W) in [-1, 1] -> the bin 0..7 of each channel at `size` x `size`, (N, 3, ..) long; -1
+    where the channel is 0, which is ignored."""
+    level = F.interpolate((x + 1) / 2, (size, size), mode="bilinear", antialias=True)
+    return torch.where(level > 1 / 510, (level * LNTL_BINS).long().clamp(max=LNTL_BINS - 1), -1)
+
+
+def reverse_gradient(h: torch.Tensor) -> torch.Tensor:
+    """The value of h, any shape; its gradient times -0.1."""
+    return (1 + LNTL_REVERSAL) * h.detach() - LNTL_REVERSAL * h
+
+
+def fit_lntl(source: Source, steps: int, seed: int = 0, classes: int = 10, device: str = "cpu") -> Classifier:
+    """Train a classifier whose features cannot tell colours (Kim et al., 2019): SGD 0.01, momentum 0.9, weight decay 5e-4.
+
+    Each step learns twice: (A) the label, with colour predictions of high entropy; (B) heads learn the colours, while the
+    features, through reversed gradients, unlearn them. A pure function of its arguments on the CPU. Eval mode.
+    """
+    torch.manual_seed(seed)
+    model = Classifier(classes).to(device, memory_format=torch.channels_last)
+    heads = ColorHeads().to(device, memory_format=torch.channels_last)
+    layers = list(model)
+    features, rest = nn.Sequential(*layers[:6]), nn.Sequential(*layers[6:])         # up to the second convolution and ReLU
+    optimizers = [torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, weight_decay=5e-4) for network in (model, heads)]
+    images, labels, _ = source
+    for step in range(steps):
+        (x, y), = draw_batch([(images, labels, LNTL_BATCH)], seed, step, device)
+        h = features(x)
+        log_p = heads(h).log_softmax(dim=1)
+        loss = F.cross_entropy(rest(h), y) + LNTL_ENTROPY * (log_p.exp() * log_p).sum(dim=1).mean()
+        _step(loss, optimizers, optimizers[:1])
+
+        h = features(x)
+        _step(F.cross_entropy(heads(reverse_gradient(h)), color_bins(x), ignore_index=-1), optimizers, optimizers)
+    return model.eval()
+
+
+def _step(loss: torch.Tensor, clear: Sequence[torch.optim.Optimizer], move: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in clear:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in move:
+        optimizer.step()
 
 
 @torch.no_grad()
@@ -122,6 +214,13 @@ def generate(checkpoint: Path, count: int, seed: int, per_shape: int, device: st
     return cgn.counterfactuals(cgn.load(checkpoint).to(device), count, seed, per_shape)
 
 
+def _real_images(dataset: str, method: str, data: dict) -> mnist_variants.Variant:
+    if method == "recombined":
+        versions = [mnist_variants.load(dataset, "train", agreement=0.1, **{**data, "seed": 10 * data["seed"] + k}) for k in range(10)]
+        return mnist_variants.Variant(*(torch.cat(parts) for parts in zip(*versions)))
+    return mnist_variants.load(dataset, "train", agreement=0.1 if method == "randomised" else 1.0, **data)
+
+
 def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count: int, per_shape: int,
         splits: Sequence[str] = ("train", "val", "test")) -> dict:
     """One cell of Table 2: train the generator (if the method has one) and the classifier with `seed`, measure accuracies.
@@ -142,12 +241,18 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     if "gan" in method or "cgn" in method:
         checkpoint = train_generator(args, dataset, "gan" if "gan" in method else "cgn", seed)
         generated = generate(checkpoint, count, seed, per_shape, args.device)
-    if method == "recombined":
-        versions = [mnist_variants.load(dataset, "train", agreement=0.1, **{**data, "seed": 10 * seed + k}) for k in range(10)]
-        real = mnist_variants.Variant(*(torch.cat(parts) for parts in zip(*versions)))
+    if method in ENVIRONMENTS:
+        share = BATCH // len(ENVIRONMENTS[method])
+        worlds = [mnist_variants.load(dataset, "train", agreement=agreement, **{**data, "seed": 10 * seed + k})
+                  for k, agreement in enumerate(ENVIRONMENTS[method])]
+        classifier = fit([(world.images, getattr(world, args.label), share) for world in worlds], args.steps, seed,
+                         bf16=args.bf16, device=args.device, objective=irm)
     else:
-        real = mnist_variants.load(dataset, "train", agreement=0.1 if method == "randomised" else 1.0, **data)
-    classifier = fit(sources(method, real, args.label, generated), args.steps, seed, bf16=args.bf16, device=args.device)
+        real = _real_images(dataset, method, data)
+        if method == "lntl":
+            classifier = fit_lntl((real.images, getattr(real, args.label), BATCH), args.steps, seed, device=args.device)
+        else:
+            classifier = fit(sources(method, real, args.label, generated), args.steps, seed, bf16=args.bf16, device=args.device)
     for split in splits:
         held_out = mnist_variants.load(dataset, split, **data)
         row[split] = evaluate.accuracy(predict(classifier, held_out.images), getattr(held_out, args.label))

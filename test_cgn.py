@@ -501,6 +501,38 @@ def test_fit_is_a_pure_function_of_its_seed():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
 
 
+def test_the_irm_penalty_is_the_squared_derivative_by_a_dummy_scale():
+    generator = torch.Generator().manual_seed(0)
+    half, y = torch.randn(6, 10, dtype=torch.float64, generator=generator), torch.arange(6)
+    z = half.repeat_interleave(2, dim=0)                                            # both halves of the batch are the same
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    derivative, = torch.autograd.grad(F.cross_entropy(scale * half, y), scale)
+    assert abs(classify.irm_penalty(z, y.repeat_interleave(2)) - derivative ** 2) < 1e-12
+    with pytest.raises(ValueError, match="not 1"):
+        classify.irm_penalty(z[:1], y[:1])
+    risk = classify.erm([half, -half], [y, y], 0.5)
+    assert abs(classify.irm([half, -half], [y, y], 0.0) - risk) < 1e-12             # at first the plain risk
+    penalty = (classify.irm_penalty(half, y) + classify.irm_penalty(-half, y)) / 2
+    assert abs(classify.irm([half, -half], [y, y], 1.0) - (risk / 1000 + penalty)) < 1e-12
+    assert torch.autograd.gradcheck(lambda z: classify.irm([z, -z], [y, y], 0.3), (half.clone().requires_grad_(),))
+
+
+def test_color_bins_by_hand():
+    x = torch.tensor([0.0, 0.1, 0.5, 1.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2) * 2 - 1
+    assert classify.color_bins(x, 2)[0, 1].tolist() == [[-1, 0], [4, 7]]
+    assert classify.color_bins(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 14, 14)
+
+
+def test_lntl_reverses_the_gradient_of_its_color_heads_and_is_a_pure_function_of_its_seed():
+    h = torch.randn(4, 32, 14, 14, requires_grad=True)
+    assert classify.ColorHeads()(h).shape == (4, 8, 3, 14, 14)
+    assert torch.allclose(classify.reverse_gradient(h), h, atol=1e-6)
+    gradient, = torch.autograd.grad(classify.reverse_gradient(h).square().sum(), h)
+    assert torch.allclose(gradient, -0.2 * h, atol=1e-5)
+    first, again = (classify.fit_lntl((*tiny_data(), 64), 3, seed=1) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+
+
 def test_sources_mix_in_the_stated_numbers():
     real, generated = (mnist_variants.Variant(torch.zeros(1), *(torch.tensor([k + 3 * i]) for k in range(3))) for i in range(2))
     assert [(y.item(), n) for _, y, n in classify.sources("original", real, "background", None)] == [(2, 64)]
@@ -511,13 +543,13 @@ def test_sources_mix_in_the_stated_numbers():
 
 
 def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path):
-    command = ("classify.py", "--dataset", "colored", "--method", "original", "original+gan", "original+cgn", "--seeds", 0,
+    command = ("classify.py", "--dataset", "colored", "--method", "irm-2", "lntl", "original+gan", "original+cgn", "--seeds", 0,
                "--count", 100, "--steps", 3, "--generator-steps", 2, "--runs", tmp_path)
     result = script(*command)
     assert result.returncode == 0, result.stderr
     assert re.search(r"\| original\+cgn \| \d+\.\d ± 0\.0 \| \d+\.\d ± 0\.0 \|", (tmp_path / "table-shape.md").read_text())
     rows = (tmp_path / "results.jsonl").read_text()
-    assert len(rows.splitlines()) == 3 and all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
+    assert len(rows.splitlines()) == 4 and all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
     assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
 
 
