@@ -120,15 +120,17 @@ def mean_color(images: torch.Tensor, labels: torch.Tensor, classes: int, margin:
     return torch.stack([color[labels == label].mean(dim=0) for label in range(classes)]) / 127.5 - 1
 
 
-def discriminator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """Relativistic hinge loss (Jolicoeur-Martineau, 2019) of scores (N,): each real image shall lead a generated one of its
-    class by 1. With the plain hinge loss, shapes of a class came out more alike. A scalar."""
-    return F.relu(1 - (real - fake)).mean()
+def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, relativistic: bool = False) -> torch.Tensor:
+    """Hinge loss of the discriminator's scores (N,) for real and generated images: pushes them beyond +1 and -1. A scalar.
+
+    relativistic (Jolicoeur-Martineau, 2019): each real image shall lead the generated one of its class by 1.
+    """
+    return F.relu(1 - (real - fake)).mean() if relativistic else F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
-def generator_loss(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """The generator's side: each generated image shall lead the real one of its class by 1. A scalar."""
-    return F.relu(1 - (fake - real)).mean()
+def generator_loss(real: torch.Tensor, fake: torch.Tensor, relativistic: bool = False) -> torch.Tensor:
+    """The generator's side: raise the scores (N,) of generated images; relativistic: until each leads its real one by 1."""
+    return F.relu(1 - (fake - real)).mean() if relativistic else -fake.mean()
 
 
 def gram(h: torch.Tensor) -> torch.Tensor:
@@ -470,20 +472,20 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
         with autocast():
             sample = model(tuple(u), y, arrangement)
 
-        # Discriminator: raise the score of each real image 1 above that of the generated image of the same class.
+        # Discriminator: raise the score of real images, lower that of generated ones.
         with autocast():
             scores = discriminator(torch.cat([x, sample.image.detach()]) + noise, torch.cat([y, y]))
         real, fake = scores.float().split(batch)
-        loss_d = discriminator_loss(real, fake)
+        loss_d = discriminator_loss(real, fake, config["relativistic"])
         optimizers[1].zero_grad()
         loss_d.backward()
         optimizers[1].step()
 
-        # Generator: raise the score of generated images above the real ones', with a mask that is binary, not empty, not full.
+        # Generator: raise the score of generated images, with a mask that is binary and neither empty nor full.
         discriminator.requires_grad_(False)
         with autocast():
             scores = discriminator(sample.image + noise[batch:], y)
-        losses = {"adversarial": generator_loss(real.detach(), scores.float())}
+        losses = {"adversarial": generator_loss(real.detach(), scores.float(), config["relativistic"])}
         if config["model"] == "cgn":
             losses["binary"] = config["binary"] * min(1, step / config["binary_warmup"]) * binary_entropy(sample.mask.float())
             losses["mask"] = config["mask"] * mask_interval(sample.mask.float(), *config["interval"])
@@ -1019,6 +1021,8 @@ def build_parser() -> argparse.ArgumentParser:
                           "images', and in b, like their borders'")
     training.add_argument("--noise", type=float, default=0.4, help="standard deviation of the noise on what the discriminator "
                           "sees, fading to 0 (default: %(default)s)")
+    training.add_argument("--adversarial", choices=("hinge", "relativistic"), help="default: hinge for the flat colours of "
+                          "colored and double-colored, else relativistic")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe: about 1.6 times as fast "
                           "on a CPU with AMX")
     training.add_argument("--mask", type=float, default=10.0, help="weight of the mask interval")
@@ -1068,7 +1072,9 @@ def main(argv: Optional[list[str]] = None) -> None:
 def _train_main(args: argparse.Namespace, out: Path) -> None:
     images, labels, names = load_images(args.dataset, seed=args.seed, textures=args.textures, mnist=args.mnist,
                                         variance=args.variance)
-    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
+    flat = args.dataset in ("colored", "double-colored")
+    relativistic = not flat if args.adversarial is None else args.adversarial == "relativistic"
+    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "relativistic": relativistic, "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
     for key in ("dataset", "textures", "variance", "model", "seed", "shuffle", "margin", "steps", "batch", "lr", "binary",
                 "binary_warmup", "mask", "interval", "color", "noise", "bf16"):
         if getattr(args, key) is not None or key == "textures":

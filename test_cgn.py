@@ -52,7 +52,7 @@ def one_line(result, *words):
 def tiny_config(**changes):
     return {"model": "cgn", "dataset": "colored", "textures": None, "variance": 0.02, "margin": 2, "shuffle": "shift",
             "names": [f"digit {k}" for k in range(10)], "seed": 3, "steps": 6, "batch": 8, "lr": 1e-3, "binary": 1.0, "binary_warmup": 4, "mask": 10.0,
-            "interval": [0.05, 0.4], "noise": 0.3, "color": 10.0, "bf16": False, "log_every": 1, "sheet_every": 2, **changes}
+            "interval": [0.05, 0.4], "noise": 0.3, "color": 10.0, "bf16": False, "relativistic": False, "log_every": 1, "sheet_every": 2, **changes}
 
 
 def tiny_data(count=64):
@@ -250,10 +250,12 @@ def test_color_loss_compares_class_means_and_not_single_images():
     assert abs(estimates.mean()) < 4 * estimates.std() / 5000 ** 0.5
 
 
-def test_relativistic_hinge_losses_by_hand():
+def test_hinge_losses_by_hand():
     real, fake = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([-3.0, 0.0, 3.0])
-    assert abs(cgn.discriminator_loss(real, fake) - (0 + 0.5 + 3) / 3) < 1e-6
-    assert abs(cgn.generator_loss(real, fake) - (6 + 1.5 + 0) / 3) < 1e-6
+    assert abs(cgn.discriminator_loss(real, fake) - ((0 + 0.5 + 0) / 3 + (0 + 1 + 4) / 3)) < 1e-6
+    assert abs(cgn.generator_loss(real, fake)) < 1e-6
+    assert abs(cgn.discriminator_loss(real, fake, relativistic=True) - (0 + 0.5 + 3) / 3) < 1e-6
+    assert abs(cgn.generator_loss(real, fake, relativistic=True) - (6 + 1.5 + 0) / 3) < 1e-6
 
 
 @pytest.mark.parametrize("loss", [cgn.binary_entropy, lambda m: cgn.mask_interval(m, 0.6, 0.7)])
