@@ -233,7 +233,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     path = Path(args.runs) / "results.jsonl"
     for line in path.read_text().splitlines() if path.exists() else []:
         held = json.loads(line)
-        if all(held.get(key) == value for key, value in row.items()):
+        if all(held.get(key) == value for key, value in row.items()) and all(split in held for split in splits):
             return held
     started = time.time()
     data = {"textures": args.textures, "variance": args.variance, "root": args.mnist, "seed": seed}
@@ -291,7 +291,8 @@ def figure7(args: argparse.Namespace, dataset: str, path: Path) -> None:
     """
     curves = {}
     for per_shape, counts in ((1, (args.count // 10, args.count)), (10, (args.count // 10, args.count, 10 * args.count))):
-        rows = [run(args, dataset, "original+cgn", args.seeds[0], count=count, per_shape=per_shape) for count in counts]
+        rows = [run(args, dataset, "original+cgn", args.seeds[0], count=count, per_shape=per_shape, splits=("test",))
+                for count in counts]
         curves[f"{per_shape} per shape"] = [(row["count"], 100 * row["test"]) for row in rows]
     save_curves(path, curves, f"{dataset}: test accuracy [%] against counterfactual images")
 
