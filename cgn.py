@@ -1074,7 +1074,8 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
                                         variance=args.variance)
     flat = args.dataset in ("colored", "double-colored")
     relativistic = not flat if args.adversarial is None else args.adversarial == "relativistic"
-    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "relativistic": relativistic, "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
+    config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "relativistic": relativistic,
+              "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
     for key in ("dataset", "textures", "variance", "model", "seed", "shuffle", "margin", "steps", "batch", "lr", "binary",
                 "binary_warmup", "mask", "interval", "color", "noise", "bf16"):
         if getattr(args, key) is not None or key == "textures":

@@ -12,7 +12,7 @@ the shape does. The same CNN is trained on
     randomised      real images whose foreground and background labels are random: a ceiling no method here may reach
     recombined      the same with ten random foregrounds and backgrounds a digit: the ceiling of ten counterfactuals a shape
 
-    python classify.py --table --dataset colored --seeds 0 1 2     # trains what is missing, writes runs/table.md
+    python classify.py --table --dataset colored --seeds 0 1 2     # trains what is missing, writes runs/table-shape.md
     python classify.py --figure --dataset colored                  # Figure 7 as runs/figure7-colored.png
 """
 import argparse
