@@ -86,7 +86,11 @@ class Linear(Normed):
 
 
 class Conv(Normed):
-    """k x k convolution, odd k, same size; `double` upsamples by nearest neighbour first, with 4/9 of the multiplications."""
+    """k x k convolution, odd k, same size; `double` upsamples by nearest neighbour first.
+
+    A large map is doubled and convolved at once, with 4/9 of the multiplications. A 1 x 1 convolution is a linear map of
+    every pixel's channels, which needs no copies in other memory layouts.
+    """
 
     def __init__(self, i: int, o: int, k: int, bias: bool = True, double: bool = False):
         super().__init__(o, i, k, k, bias=bias)
@@ -95,16 +99,18 @@ class Conv(Normed):
     def forward(self, x: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
         """x (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W); of the o channels only the first `rows`, if given."""
         weight, bias = self.weight()[:rows], None if self.bias is None else self.bias[:rows]
-        if not self.double:
-            return F.conv2d(x, weight, bias, padding=self.padding)
-        return F.conv_transpose2d(x, doubling_kernel(weight), bias, stride=2, padding=1)
+        if self.padding == 0:
+            return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        if self.double and x.shape[2] * x.shape[3] > 32 * 32:
+            return F.conv_transpose2d(x, doubling_kernel(weight), bias, stride=2, padding=1)
+        return F.conv2d(F.interpolate(x, scale_factor=2.0) if self.double else x, weight, bias, padding=self.padding)
 
 
 def doubling_kernel(weight: torch.Tensor) -> torch.Tensor:
     """The transposed convolution (i, o, 4, 4), stride 2, that equals nearest-neighbour upsampling and then a convolution
     (o, i, 3, 3): each pixel counts twice."""
     side = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])          # in one dimension
-    return (weight.flatten(2) @ torch.kron(side, side).T).unflatten(2, (4, 4)).transpose(0, 1)
+    return (weight.transpose(0, 1).flatten(2) @ torch.kron(side, side).T).unflatten(2, (4, 4))
 
 
 class BatchNorm(nn.Module):
@@ -189,7 +195,7 @@ class Attention(nn.Module):
         value = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2).mT                  # (N, HW/4, C/2)
         h = torch.cat([F.scaled_dot_product_attention(part, key, value, scale=1.0) for part in query.split(1024, dim=1)], dim=1)
         h = h.mT.unflatten(2, x.shape[2:])                                          # (N, HW, C/2) -> (N, C/2, H, W)
-        return x + self.gamma * self.snconv1x1_o_conv(h)
+        return self.snconv1x1_o_conv(self.gamma * h).add_(x)
 
 
 class BigGAN(nn.Module):

@@ -1083,7 +1083,7 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
     if args.dry_run:
         config["steps"] = 2
     print(f"{args.model.upper()} on {args.dataset}: {len(images)} images, {len(names)} classes; {config['steps']} steps of "
-          f"{args.batch}, seed {args.seed}; torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}; "
+          f"{config['batch']} images, seed {args.seed}; torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}; "
           f"writing to {out}")
     train(config, images, labels, out, args.device)
     if not args.dry_run:
