@@ -427,7 +427,8 @@ def train(model: BigGAN, discriminator: Discriminator, images: torch.Tensor, lab
                  for optimizer in optimizers]
     for step in range(steps):
         chosen = torch.randint(len(images), (batch,), generator=generator)
-        x, y = images[chosen].float() / 127.5 - 1, labels[chosen]
+        x = (images[chosen].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        y = labels[chosen]
         fake = model(truncated_noise(batch, model.noise, generator=generator), y, None)
 
         # Discriminator: raise the score of real images above 1, lower that of generated ones below -1.

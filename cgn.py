@@ -52,7 +52,7 @@ ENTROPY_CLAMP = 1e-4        # masks are clamped to [1e-4, 1 - 1e-4] inside the l
 AVERAGE = 0.999             # decay of the averaged generator that all samples are drawn from
 
 SHEET_EVERY, SHEET_COLUMNS = 500, 8
-SHEET_ROWS, SHEET_TRUNCATION, IMAGENET_SHEET_EVERY = 8, 0.5, 10
+SHEET_ROWS, SHEET_TRUNCATION = 8, 0.5
 MECHANISMS = ("shape", "texture", "background")
 
 
@@ -717,7 +717,7 @@ def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetC
     state = read_checkpoint(source)
     try:
         if state["config"]["model"] == "imagenet":
-            saliency = state["u2net"] if "u2net" in state else u2net.find_weights(state["config"]["networks"]["saliency"])
+            saliency = state["u2net"] if "u2net" in state else u2net.find_weights(WEIGHTS / state["config"]["networks"]["saliency"])
             model = ImagenetCGN(*(biggan.load(state[name]) for name in ("f_shape", "f_text", "f_bg")),
                                 u2net.load(saliency, align_corners=state["config"]["align_corners"]))
         else:
@@ -734,7 +734,7 @@ def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike]) ->
     state = read_checkpoint(source)
     if state["config"]["model"] != "imagenet":
         raise ValueError(f"{source} is a checkpoint of {state['config']['dataset']}: the authors' layout is ImageNet's")
-    saliency = u2net.find_weights(state["config"]["networks"]["saliency"])
+    saliency = u2net.find_weights(WEIGHTS / state["config"]["networks"]["saliency"])
     parts = {"biggan_GT": biggan.load(teacher, frozen=False).state_dict(),
              "u2net": u2net.load(saliency, frozen=False).state_dict(),
              **{name: state[name] for name in ("f_shape", "f_text", "f_bg")}}
@@ -766,13 +766,12 @@ def draw(model, seed: int, indices: range, per_shape: int = 1, truncation: float
 
 @torch.no_grad()
 def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, truncation: float = 1.0
-                         ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counterfactual images `part` (N, 3, H, W) uint8 and their labels (3, N): what `draw` gives, each mask made once."""
+                         ) -> tuple[Sample, torch.Tensor]:
+    """The counterfactuals `part`, N of them, and their labels (3, N): what `draw` gives, each mask made once."""
     device = next(model.parameters()).device
     u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, per_shape, truncation))
     if isinstance(model, MnistGAN):
-        y = y[:1].expand(3, -1)
-        return to_uint8(model(u[0], y[0]).image).cpu(), y.cpu()
+        return model(u[0], y[0]), y[:1].expand(3, -1).cpu()
     groups = torch.arange(part.start, part.stop, device=device) // per_shape
     _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
@@ -783,7 +782,7 @@ def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, tru
         weights = F.one_hot(y, model.classes).float()
         m = model.f_shape(u[0, first], weights[0, first])
         f, b = model.f_text(u[1], weights[1], arrangement[:, 0]), model.f_bg(u[2], weights[2], arrangement[:, 1])
-    return to_uint8(compose(m[inverse], f, b)).cpu(), y.cpu()
+    return Sample(m[inverse], f, b, compose(m[inverse], f, b)), y.cpu()
 
 
 def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch: int = 100) -> mnist_variants.Variant:
@@ -798,7 +797,8 @@ def counterfactuals(model, count: int, seed: int = 0, per_shape: int = 10, batch
     labels = torch.empty(3, count, dtype=torch.long)
     for start in range(0, count, batch):
         part = range(start, min(start + batch, count))
-        images[part.start:part.stop], labels[:, part.start:part.stop] = counterfactual_batch(model, seed, part, per_shape)
+        sample, labels[:, part.start:part.stop] = counterfactual_batch(model, seed, part, per_shape)
+        images[part.start:part.stop] = to_uint8(sample.image)
     return mnist_variants.Variant(images, *labels)
 
 
@@ -808,8 +808,10 @@ def _check_counts(count: int, per_shape: int) -> None:
 
 
 def write_counterfactuals(model, out: Path, count: int, seed: int = 0, per_shape: int = 10, truncation: float = 1.0,
-                          batch: int = 10) -> None:
+                          batch: int = 10, parts: Sequence[str] = ()) -> None:
     """Write counterfactuals as a folder: 00000000.png and so on, and labels.csv when all are there.
+
+    parts: of mask, foreground and background, what is written as well: 00000000-mask.png and so on.
 
     The processes of a group share the work; what an interrupted run has written is not made again. Raises ValueError for a
     count or per_shape below 1 and for a folder that holds images of other settings.
@@ -827,11 +829,14 @@ def write_counterfactuals(model, out: Path, count: int, seed: int = 0, per_shape
     groups = -(-batch // per_shape) * per_shape                                     # whole groups: a mask is made once
     for start in range(rank * groups, count, ranks * groups):
         part = range(start, min(start + groups, count))
-        paths = [out / f"{index:08d}.png" for index in part]
-        if all(path.exists() for path in paths):
+        paths = {name: [out / f"{index:08d}{'' if name == 'image' else '-' + name}.png" for index in part] for name in ("image", *parts)}
+        if all(path.exists() for row in paths.values() for path in row):
             continue
-        for path, picture in zip(paths, counterfactual_batch(model, seed, part, per_shape, truncation)[0]):
-            mnist_variants.save_png(path, F_image.to_pil_image(picture))
+        sample, _ = counterfactual_batch(model, seed, part, per_shape, truncation)
+        for name, row in paths.items():
+            pictures = getattr(sample, name) * 2 - 1 if name == "mask" else getattr(sample, name)
+            for path, picture in zip(row, to_uint8(pictures).cpu()):
+                mnist_variants.save_png(path, F_image.to_pil_image(picture))
     if ranks > 1:
         distributed.barrier()
     if rank == 0:
@@ -964,8 +969,19 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 8000, "imagenet": 300}    # a folder trains like wildlife
-NETWORKS = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth"}
+STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 8000}                     # a folder trains like wildlife
+# Shape, texture and background of Figure 24's pictures, row by row: school bus, giant panda, geyser, and so on.
+FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (751, 719, 952), (275, 461, 7), (235, 145, 133),
+             (438, 439, 953), (63, 950, 815), (850, 441, 119), (225, 758, 888), (350, 881, 977), (604, 951, 93), (540, 407, 460),
+             (947, 66, 9), (802, 930, 354), (484, 293, 74), (22, 949, 998), (873, 267, 30), (561, 854, 979), (907, 720, 970),
+             (724, 869, 337), (833, 751, 958), (330, 607, 20), (849, 652, 429))
+NETWORKS, WEIGHTS = ("teacher", "saliency", "style"), Path(__file__).parent / "weights"
+# The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
+# gives goes before either.
+PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
+         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "sheet_every": 10}
+MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 600,
+        "accumulate": 50, "batch": 50, "lrs": (8e-5, 1e-3, 1e-3), "patch": 4, "sheet_every": 100}
 
 
 def parse_classes(text: str, classes: int, count: int) -> list[tuple[int, str]]:
@@ -1000,20 +1016,25 @@ def build_parser() -> argparse.ArgumentParser:
                             "construction, 0 for objects that touch the border (default: %(default)s)")
 
     imagenet = parser.add_argument_group("ImageNet (section 3, C.3)")
-    imagenet.add_argument("--accumulate", type=int, default=4000, help="images of an update (default: %(default)s)")
-    imagenet.add_argument("--lrs", type=float, nargs=3, default=(8e-6, 1e-5, 1e-5), metavar=("SHAPE", "TEXT", "BG"),
-                          help="Adam, of each mechanism (default: 8e-6 1e-5 1e-5)")
+    imagenet.add_argument("--mini", action="store_true", help="ten digits of 32 x 32 pixels for the thousand classes: the same "
+                          "training in minutes, with weights that are here")
+
+    def default(name: str) -> str:
+        return f"(default: {PAPER[name]}; --mini: {MINI[name]})"
+
+    imagenet.add_argument("--accumulate", type=int, help=f"images of an update {default('accumulate')}")
+    imagenet.add_argument("--lrs", type=float, nargs=3, metavar=("SHAPE", "TEXT", "BG"),
+                          help=f"Adam, of each mechanism {default('lrs')}")
     imagenet.add_argument("--truncation", type=float, help="of the noise (default: 1; sheets 0.5)")
-    imagenet.add_argument("--patch", type=int, default=15, help="side of the texture loss's patches (default: %(default)s)")
+    imagenet.add_argument("--patch", type=int, help=f"side of the texture loss's patches {default('patch')}")
     imagenet.add_argument("--without", nargs="+", choices=tuple(WITHOUT), default=(), help="losses to leave off (Table 1)")
-    for name, file in NETWORKS.items():
-        imagenet.add_argument(f"--{name}", default=str(Path(__file__).parent / "weights" / file), metavar="FILE",
-                              help=f"frozen network (default: weights/{file}, fetched where it is absent)")
+    for name in NETWORKS:
+        imagenet.add_argument(f"--{name}", metavar="FILE", help=f"frozen network in weights, fetched where it is absent {default(name)}")
 
     training = parser.add_argument_group("training (appendix C)")
     training.add_argument("--steps", type=int, help=f"default: {STEPS['colored']}, wildlife and own pictures {STEPS['wildlife']},"
-                          f" ImageNet {STEPS['imagenet']} updates")
-    training.add_argument("--batch", type=int, help="images at once (default: 64, ImageNet 1)")
+                          f" ImageNet {PAPER['steps']} updates, --mini {MINI['steps']}")
+    training.add_argument("--batch", type=int, help=f"images at once (default: 64, ImageNet 1, --mini {MINI['batch']})")
     training.add_argument("--lr", type=float, default=4e-4, help="Adam, generator; the discriminator's is twice that")
     training.add_argument("--binary", type=float, default=0.3, help="weight of the mask's binary entropy")
     training.add_argument("--binary-warmup", type=int, default=1000, help="steps over which that weight rises from 0")
@@ -1034,10 +1055,12 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--counterfactuals", type=int, metavar="N", help="write N counterfactual images and their labels "
                           "(ImageNet: a folder of PNG files and labels.csv)")
     sampling.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: 10)")
+    sampling.add_argument("--parts", nargs="+", choices=("mask", "foreground", "background"), default=(), help="ImageNet: what to "
+                          "write beside each counterfactual: its mask, or its background with nothing on it")
     sampling.add_argument("--interpolate", choices=(*MECHANISMS, "all"), help="write a sheet of interpolations, or an "
                           "animation to an --out that ends in .gif")
     sampling.add_argument("--triples", nargs="+", metavar="SHAPE,TEXTURE,BACKGROUND", help="ImageNet: write a sheet of these "
-                          "counterfactuals, numbers or names: 9,949,983")
+                          "counterfactuals, numbers or names: 9,949,983; or the 25 of Figure 24: figure24")
     sampling.add_argument("--outputs", metavar="CLASS", help="ImageNet: write a sheet of what each mechanism makes of a class")
     sampling.add_argument("--export", action="store_true", help="ImageNet: write the authors' layout of one flat state dict")
     return parser
@@ -1102,19 +1125,28 @@ def _join_group(args: argparse.Namespace) -> None:
 
 def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
     _join_group(args)
-    device = args.device
+    device, schedule = args.device, MINI if args.mini else PAPER
+    for name, value in schedule.items():
+        if getattr(args, name, value) is None:
+            setattr(args, name, value)
+        elif name in NETWORKS:
+            setattr(args, name, str(Path(getattr(args, name)).resolve()))
     if args.dry_run:
         teacher, saliency, style = random_networks()
+        args.steps = args.accumulate = 2
     else:
-        teacher, saliency = biggan.find_weights(args.teacher), u2net.find_weights(args.saliency)
-        style = torch.load(biggan.find_weights(args.style), map_location="cpu", weights_only=True, mmap=True)
+        try:
+            teacher, saliency = biggan.find_weights(WEIGHTS / args.teacher), u2net.find_weights(WEIGHTS / args.saliency)
+            style = torch.load(biggan.find_weights(WEIGHTS / args.style), map_location="cpu", weights_only=True, mmap=True)
+        except ValueError as error:
+            raise ValueError(f"{error}{'' if args.mini else '. The same in miniature, with weights that are here: --mini'}") from None
     model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency)).to(device)
     names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
     config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
-              "steps": 2 if args.dry_run else args.steps or STEPS["imagenet"], "batch": args.batch or 1,
-              "accumulate": 2 if args.dry_run else args.accumulate, "lr": list(args.lrs), "truncation": 1.0 if args.truncation is None else args.truncation,
+              "steps": args.steps, "batch": args.batch, "accumulate": args.accumulate, "lr": list(args.lrs),
+              "truncation": 1.0 if args.truncation is None else args.truncation,
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
-              "networks": {name: str(getattr(args, name)) for name in NETWORKS}, "sheet_every": IMAGENET_SHEET_EVERY}
+              "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"]}
     print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
           f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {device}; writing to {out}")
@@ -1134,7 +1166,7 @@ def random_networks(classes: int = 10, width: int = 16) -> tuple[dict, dict, dic
 def _sample_main(args: argparse.Namespace) -> None:
     if args.export:
         out = Path(args.out or "cgn.pth")
-        _save(out, export(args.checkpoint, biggan.find_weights(args.teacher)))
+        _save(out, export(args.checkpoint, biggan.find_weights(args.teacher or WEIGHTS / PAPER["teacher"])))
         print(f"wrote {out}")
         return
     _join_group(args)
@@ -1150,7 +1182,7 @@ def _sample_main(args: argparse.Namespace) -> None:
                                       [f"{args.interpolate}: from left to right"] * images.shape[1], 1 if imagenet else 2)
     elif args.counterfactuals is not None and imagenet:
         out = Path(args.out or "counterfactuals")
-        write_counterfactuals(model, out, args.counterfactuals, args.seed, args.per_shape, truncation, args.batch or 10)
+        write_counterfactuals(model, out, args.counterfactuals, args.seed, args.per_shape, truncation, args.batch or 10, args.parts)
     elif args.counterfactuals is not None:
         out = Path(args.out or "counterfactuals.pt")
         data = counterfactuals(model, args.counterfactuals, args.seed, args.per_shape)
@@ -1165,7 +1197,8 @@ def _sample_main(args: argparse.Namespace) -> None:
             mnist_variants.save_sheet(out, images, ["pre-mask", "m", "f", "b", "x_gen"], [name] * images.shape[1], scale)
         else:
             out = Path(args.out or "triples.png")
-            chosen = [parse_classes(text, model.classes, 3) for text in args.triples]
+            texts = [",".join(map(str, row)) for row in FIGURE_24] if args.triples == ["figure24"] else args.triples
+            chosen = [parse_classes(text, model.classes, 3) for text in texts]
             images = triples(model, [[label for label, _ in row] for row in chosen], args.seed, truncation=truncation)
             mnist_variants.save_sheet(out, images, [" / ".join(name for _, name in row) for row in chosen],
                                       ["shape / texture / background"] * images.shape[1], scale)

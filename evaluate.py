@@ -159,6 +159,13 @@ class Disentanglement(NamedTuple):
     swapped: list[int]
 
 
+def mask_iou(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean over images of intersection / union of two masks (N, 1, H, W), each true above 0.5; 1 where both are empty."""
+    a, b = a.flatten(1) > 0.5, b.flatten(1) > 0.5
+    both, either = (a & b).sum(1), (a | b).sum(1)
+    return torch.where(either > 0, both / either, 1.0).mean().item()
+
+
 @torch.no_grad()
 def disentanglement(sample, labels: torch.Tensor, real: Sequence[torch.Tensor], readers: Sequence[Optional[Reader]]
                     ) -> Disentanglement:
@@ -267,15 +274,20 @@ def _cue_conflict_main(args: argparse.Namespace) -> dict:
 
 
 def _cgn_main(args: argparse.Namespace) -> dict:
+    import biggan
     import cgn
     import classify
     import mnist_variants
     if args.samples < 1 or args.reader_steps < 1:
         raise ValueError(f"--samples {args.samples}, --reader-steps {args.reader_steps}: both must be at least 1")
     model = cgn.load(args.cgn)
-    name = model.config["dataset"]
-    data = {"textures": args.textures or model.config["textures"], "variance": model.config["variance"], "root": args.mnist,
-            "seed": args.seed}
+    mini = isinstance(model, cgn.ImagenetCGN)
+    if mini and (model.classes, model.resolution) != (10, mnist_variants.SIZE):
+        raise ValueError(f"{args.cgn} makes {model.classes} classes of {model.resolution} x {model.resolution} pixels: there are "
+                         "readers of digits only")
+    name = "wildlife" if mini else model.config["dataset"]
+    data = {"textures": args.textures or model.config.get("textures"), "root": args.mnist, "seed": args.seed,
+            "variance": model.config.get("variance", mnist_variants.COLOR_VARIANCE)}
     train = mnist_variants.load(name, "train", agreement=0.1, **data)
     val = mnist_variants.load(name, "val", **data)
     readers = []
@@ -295,15 +307,20 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     real = (mask.float() / 255, cgn.to_float(fore).expand(size), cgn.to_float(back).expand(size))
     u, y, arrangement = cgn.draw(model, args.seed, range(args.samples))
     with torch.no_grad():
-        sample = model(tuple(u), y[0], arrangement)
+        sample = model(tuple(u), y[0], *(() if mini else (arrangement,)))
+        if mini:
+            teacher = biggan.load(cgn.WEIGHTS / model.config["networks"]["teacher"])
+            iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0])))
     result = disentanglement(sample, y[0], real, readers)
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
     print(f"\na digit hidden in f: {100 * result.hidden[0]:.1f} %, in b: {100 * result.hidden[1]:.1f} % (chance 10)\n"
           f"swapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
-          f"entropy {cgn.binary_entropy(sample.mask):.3f} bit")
-    return {"table": result.table.tolist(), "hidden": result.hidden, "swapped": result.swapped}
+          f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
+          + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))
+    return {"table": result.table.tolist(), "hidden": result.hidden, "swapped": result.swapped, "mask_mean":
+            sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
 
 
 if __name__ == "__main__":

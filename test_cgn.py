@@ -683,6 +683,12 @@ def test_disentanglement_of_perfect_hidden_and_swapped_mechanisms():
     assert result.hidden[0] == 1.0 and result.swapped == [4]
 
 
+def test_mask_iou_by_hand():
+    a = torch.tensor([[1.0, 0.9, 0.0, 0.2], [0, 0, 0, 0], [1, 0, 0, 0]])[:, None, None]
+    b = torch.tensor([[1.0, 0.0, 0.8, 0.6], [0, 0, 0, 0], [0, 1, 0, 0]])[:, None, None]
+    assert evaluate.mask_iou(a, b) == pytest.approx((1 / 4 + 1 + 0) / 3)
+
+
 def test_predictions_of_any_system_are_judged(tmp_path):
     (tmp_path / "p.csv").write_text("label,prediction,file\n0,0,a\n1,0,b\n1,1,c\n2,1,d\n")
     result = script("evaluate.py", "--predictions", tmp_path / "p.csv", "--out", tmp_path / "p.json")
@@ -1523,12 +1529,31 @@ def test_an_imagenet_data_set_is_a_pure_function_of_its_index_and_is_continued(i
 
 def test_counterfactuals_show_what_the_cgn_makes_of_their_noise_and_labels(imagenet_checkpoint):
     model = cgn.load(imagenet_checkpoint)
-    images, labels = cgn.counterfactual_batch(model, 2, range(4, 8), per_shape=4, truncation=0.5)
+    sample, labels = cgn.counterfactual_batch(model, 2, range(4, 8), per_shape=4, truncation=0.5)
     u, y, _ = cgn.draw(model, 2, range(4, 8), 4, 0.5)
     assert torch.equal(labels, y) and (y[0] == y[0, 0]).all() and u.abs().max() <= 1 and torch.equal(u[0, 0], u[0, 3])
     with torch.no_grad():
-        expected = cgn.to_uint8(model(tuple(u), tuple(y), 0.5).image)
-    assert (images.int() - expected.int()).abs().max() <= 1
+        expected = model(tuple(u), tuple(y), 0.5)
+    for made, wanted in zip(sample[:4], expected):
+        assert torch.allclose(made, wanted, atol=1e-5)
+
+
+def test_masks_and_backgrounds_are_written_beside_a_counterfactual(imagenet_checkpoint, tmp_path):
+    model = cgn.load(imagenet_checkpoint)
+    cgn.write_counterfactuals(model, tmp_path, 2, seed=3)
+    cgn.write_counterfactuals(model, tmp_path, 2, seed=3, parts=("mask", "background"))        # adds what is not there
+    sample, _ = cgn.counterfactual_batch(model, 3, range(2))
+    for name, part in (("-mask", sample.mask * 2 - 1), ("-background", sample.background), ("", sample.image)):
+        for index in range(2):
+            written = F_image.pil_to_tensor(Image.open(tmp_path / f"0000000{index}{name}.png"))
+            assert (written.int() - cgn.to_uint8(part[index]).int()).abs().max() <= 1
+    assert len(list(tmp_path.glob("*.png"))) == 6 and len((tmp_path / "labels.csv").read_text().splitlines()) == 3
+
+
+def test_the_triples_of_figure_24():
+    names = [[name for _, name in cgn.parse_classes(",".join(map(str, row)), 1000, 3)] for row in cgn.FIGURE_24]
+    assert len(names) == 25 and names[0] == ["school bus", "giant panda", "geyser"]
+    assert names[13] == ["drilling platform", "ambulance", "breakwater"] and names[24] == ["teapot", "military uniform", "baseball"]
 
 
 @pytest.mark.parametrize("options, size", [
@@ -1560,8 +1585,9 @@ def test_mistakes_in_sampling_imagenet_are_one_line(imagenet_checkpoint, tmp_pat
 def test_the_imagenet_defaults_are_the_papers():
     """C.1 to C.3, as literals."""
     args = cgn.build_parser().parse_args(["--dataset", "imagenet"])
-    assert (args.accumulate, tuple(args.lrs), args.patch) == (4000, (8e-6, 1e-5, 1e-5), 15)
-    assert cgn.STEPS["imagenet"] == 300 and cgn.PATCHES ** 2 == 36
+    assert [getattr(args, name) for name in ("mini", "steps", "accumulate", "batch", "lrs", "patch")] == [False] + [None] * 5
+    assert [cgn.PAPER[name] for name in ("steps", "accumulate", "batch", "lrs", "patch")] == [300, 4000, 1, (8e-6, 1e-5, 1e-5), 15]
+    assert cgn.PATCHES ** 2 == 36
     assert list(cgn.LAMBDAS.values()) == [100, 5, 300, 500, 5, 2000]
 
 

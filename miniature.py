@@ -1,0 +1,171 @@
+"""The miniature: weights for `python cgn.py --dataset imagenet --mini`, made from digits by this project's own code.
+
+ImageNet's thousand classes are ten digits here, photos are 32 x 32 pixels of wildlife MNIST with the drawn textures, and each
+pre-trained network of the paper is a small one, trained in minutes on a CPU:
+
+    teacher     BigGAN-deep, for BigGAN-deep-256: the biased training split, where a digit always wears its class's textures
+    saliency    U-2-Net, for U-2-Net: digits whose textures are random, and their masks
+    style       VGG16 with batch norm, for torchvision's: the labels of digit and both textures, each on its own
+    classifier  a CNN, for Inception: the labels of the biased training split; its scores give the Inception Score
+
+    python miniature.py teacher saliency style classifier     # writes weights/mini-*.pth
+    python miniature.py table1                                # the paper's Table 1: one loss off at a time
+"""
+import argparse
+import time
+from pathlib import Path
+from typing import Callable, Optional, Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models.vgg import make_layers
+
+import biggan
+import cgn
+import classify
+import evaluate
+import mnist_variants
+import u2net
+
+DATASET = "wildlife"
+NOISE = 32
+GENERATOR = ((128, 128), (128, 128), (128, 128), (128, 64), (64, 64), (64, 32))     # channels of BigGAN's blocks
+DISCRIMINATOR = (32, 64, 128)
+SALIENCY = ((3, 8, 16),) + ((16, 8, 16),) * 5 + ((32, 8, 16),) * 5                  # channels of U-2-Net's stages
+STYLE = (16, 32, 64, 64)                                                            # of VGG16's first four stages
+STEPS = {"teacher": 12_000, "saliency": 2000, "style": 4000, "classifier": 4000}
+
+
+def make_teacher(data: mnist_variants.Variant, steps: int, seed: int, report: Callable) -> dict:
+    """A BigGAN-deep trained on images whose three labels agree; its raw state dict, as `biggan.load` reads it."""
+    torch.manual_seed(seed)
+    model = biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE)
+    model = biggan.train(model, biggan.Discriminator(DISCRIMINATOR, None, 10), data.images, data.shape, steps=steps, batch=32,
+                         lr=4e-4, seed=seed, report=report)
+    biggan.measure_statistics(model, seed=seed)
+    return model.state_dict()
+
+
+def make_saliency(images: torch.Tensor, masks: torch.Tensor, steps: int, seed: int, report: Callable) -> dict:
+    """A U-2-Net trained on images (N, 3, 32, 32) and masks (N, 1, 32, 32), uint8; its raw state dict."""
+    torch.manual_seed(seed)
+    return u2net.train(u2net.U2Net(SALIENCY), images, masks, steps=steps, seed=seed, report=report).state_dict()
+
+
+def make_style(data: mnist_variants.Variant, steps: int, seed: int, report: Callable) -> dict:
+    """VGG16 with batch norm up to its fourth pool, trained to read all three labels; the state dict of its features."""
+    torch.manual_seed(seed)
+    layout = [layer for width, count in zip(STYLE, cgn.STYLE_CONVS) for layer in [width] * count + ["M"]]
+    model = nn.Sequential()
+    model.features = make_layers(layout, batch_norm=True)
+    model.append(nn.Flatten()).append(nn.Linear(4 * STYLE[-1], 30))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    labels = torch.stack(data[1:], dim=1)                                           # (N, 3)
+    for step in range(steps):
+        chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(labels), size=64))
+        scores = model(u2net.normalise(data.images[chosen].float() / 255).contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(scores.unflatten(1, (3, 10)).mT, labels[chosen])     # (N, 10, 3) against (N, 3)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            report(step + 1, loss.item())
+    return {key: value for key, value in model.state_dict().items() if key.startswith("features.")}
+
+
+def make_classifier(data: mnist_variants.Variant, steps: int, seed: int) -> dict:
+    """The MNIST classifier, trained on images whose three labels agree; its state dict."""
+    return classify.fit([(data.images, data.shape, classify.BATCH)], steps, seed).state_dict()
+
+
+def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mnist: str = "data/mnist", bf16: bool = False) -> Path:
+    """Train one of the four networks and write its raw state dict as `out`/mini-WHAT.pth."""
+    steps, started = steps or STEPS[what], time.time()
+
+    def report(step: int, losses) -> None:
+        if step % (steps // 20 // 50 * 50 or 50) == 0:
+            print(f"{what}: step {step}/{steps}, {time.time() - started:.0f} s, {losses}", flush=True)
+
+    parts, labels = mnist_variants.load_parts(DATASET, "train", agreement=0.1 if what in ("saliency", "style") else 1.0,
+                                              seed=seed, root=mnist)
+    data = mnist_variants.Variant(mnist_variants.compose(*parts), *labels)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        if what == "teacher":
+            state = make_teacher(data, steps, seed, report)
+        elif what == "saliency":
+            state = make_saliency(data.images, parts.mask, steps, seed, report)
+        elif what == "style":
+            state = make_style(data, steps, seed, report)
+        else:
+            state = make_classifier(data, steps, seed)
+    path = out / f"mini-{what}.pth"
+    out.mkdir(parents=True, exist_ok=True)
+    cgn._save(path, state)
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB after {time.time() - started:.0f} s")
+    return path
+
+
+def inception_score(x: torch.Tensor) -> float:
+    """The Inception Score of images (N, 3, 32, 32) in [-1, 1] under the miniature's classifier: 1 .. 10."""
+    classifier = classify.Classifier()
+    classifier.load_state_dict(torch.load(cgn.WEIGHTS / "mini-classifier.pth", map_location="cpu", weights_only=True))
+    with torch.no_grad():
+        return evaluate.inception_score(torch.cat([classifier.eval()(part).softmax(dim=1) for part in x.split(500)]))[0]
+
+
+@torch.no_grad()
+def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[str] = ()) -> str:
+    """Table 1 as Markdown: trains a CGN with all losses, and one with each of them off, where `runs` does not hold it yet."""
+    lines = ["| losses | IS | mean mask |", "|---|---|---|"]
+    for off in (None, *cgn.WITHOUT):
+        out = runs / f"mini-without-{off}" if off else runs / "mini"
+        with torch.enable_grad():
+            cgn.main(["--dataset", "imagenet", "--mini", "--out", str(out), "--seed", str(seed), *options,
+                      *(("--without", off) if off else ())])
+        model = cgn.load(out / "checkpoint.pt")
+        u, y, _ = cgn.draw(model, seed, range(samples))
+        if not off:
+            teacher = biggan.load(cgn.WEIGHTS / model.config["networks"]["teacher"])
+            lines.append(f"| none: the teacher's images | {inception_score(teacher(u[0], y[0])):.2f} | |")
+        sample = model(u[0], y[0])
+        area = sample.mask.mean(dim=(1, 2, 3))
+        lines.append(f"| {f'without {off}' if off else 'all'} | {inception_score(sample.image):.2f} | {100 * area.mean():.1f} ± "
+                     f"{100 * area.std():.1f} % |")
+    return "\n".join(lines)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make the miniature's weights.")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
+    parser.add_argument("what", nargs="+", choices=(*STEPS, "table1"), help="networks to train, or a table to make")
+    parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS}, table1 as cgn.py --mini)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
+    parser.add_argument("--out", default="weights", help="folder of the networks (default: %(default)s)")
+    parser.add_argument("--runs", default="runs", help="folder of the trained CGNs (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    return parser
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        for what in args.what:
+            if what == "table1":
+                print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in
+                             ("steps", "threads") if getattr(args, name)] + ["--bf16"] * args.bf16))
+                continue
+            make(what, Path(args.out), steps=args.steps, seed=args.seed, mnist=args.mnist, bf16=args.bf16)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
