@@ -41,6 +41,7 @@ from torchvision.models.vgg import make_layers
 from torchvision.transforms import functional as F_image
 
 import biggan
+import evaluate
 import mnist_variants
 import u2net
 
@@ -151,12 +152,24 @@ def perceptual(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Te
     return GRAM_SCALE * sum((gram(x) - gram(y)).abs().mean() for x, y in zip(a, b))
 
 
-def patch_grid(x: torch.Tensor, m: torch.Tensor, draws: torch.Tensor, patch: int = 15) -> torch.Tensor:
+def relative_patch(m: torch.Tensor, patch: int) -> torch.Tensor:
+    """Sides (N,) of patches that follow the object's size, appendix F's remedy: `patch` where masks m (N, 1, H, W) fill a quarter
+    of the image, and in proportion to the root of the area; at least 1 pixel."""
+    return (2 * patch * m.detach().mean(dim=(1, 2, 3)).sqrt()).round().clamp(1, min(m.shape[2:])).long()
+
+
+def patch_grid(x: torch.Tensor, m: torch.Tensor, draws: torch.Tensor, patch: Union[int, torch.Tensor] = 15) -> torch.Tensor:
     """pg of the texture loss (C.2): 6 x 6 patches of x (N, 3, H, W) from where the mask m (N, 1, H, W) is highest, scaled to x.
 
-    draws (N, 36) in [0, 1) choose among the places whose mean mask is within 0.05 of the best. No gradient passes.
-    Raises ValueError for a patch that is no pixel or larger than x.
+    draws (N, 36) in [0, 1) choose among the places whose mean mask is within 0.05 of the best; patch: the side of all, or of
+    each image's (N,). No gradient passes. Raises ValueError for a patch that is no pixel or larger than x.
     """
+    if isinstance(patch, torch.Tensor):
+        grids = torch.empty_like(x)
+        for side in patch.unique().tolist():
+            chosen = patch == side
+            grids[chosen] = patch_grid(x.detach()[chosen], m[chosen], draws[chosen], side)
+        return grids
     if not 1 <= patch <= min(x.shape[2:]):
         raise ValueError(f"patches of {patch} pixels from images of {x.shape[2]} x {x.shape[3]}")
     with torch.no_grad():
@@ -520,12 +533,12 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
 
 
 def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: torch.Tensor, x_gt: torch.Tensor,
-                    style: StyleFeatures, draws: torch.Tensor, *, patch: int = 15, terms: Sequence[str] = tuple(LAMBDAS)
-                    ) -> Iterator[tuple[str, torch.Tensor]]:
+                    style: StyleFeatures, draws: torch.Tensor, *, patch: int = 15, relative: bool = False,
+                    terms: Sequence[str] = tuple(LAMBDAS)) -> Iterator[tuple[str, torch.Tensor]]:
     """The unweighted terms of equation 4 that are asked for, by name: scalars, means over images.
 
     m, f, b: what the mechanisms made; x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and y; draws (N, 36):
-    see `patch_grid`. One term is computed when the one before has been used, so that two graphs never need memory at once.
+    see `patch_grid`; relative: see `relative_patch`. One term is computed when the one before has been used, so that two graphs never need memory at once.
     """
     m, f, b = (_at_least_float(part) for part in (m, f, b))
 
@@ -536,7 +549,8 @@ def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: tor
 
     compute = {"l1": lambda: (compose(m, f, b) - x_gt).abs().mean(), "perceptual": lambda: style_loss(compose(m, f, b), x_gt),
                "binary": lambda: binary_entropy(m), "mask": lambda: mask_interval(m),
-               "texture": lambda: style_loss(f, patch_grid(compose(m, f, b), m, draws, patch)),
+               "texture": lambda: style_loss(f, patch_grid(compose(m, f, b), m, draws,
+                                                           relative_patch(m, patch) if relative else patch)),
                "background": lambda: model.saliency(b).mean()}
     for name in terms:
         yield name, compute[name]()
@@ -558,14 +572,47 @@ def draw_truncated(generator: np.random.Generator, count: int, noise: int, trunc
     return biggan.truncated_noise(count, noise, truncation, seed=int(generator.integers(2 ** 63)))
 
 
+def read_classifier(path: Union[str, os.PathLike]) -> nn.Module:
+    """The network of the Inception Score: torchvision's inception_v3, or the miniature's; x in [-1, 1] -> scores (N, C).
+
+    Raises ValueError for another state dict. torchvision's weights give other scores than TensorFlow's.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if "Conv2d_1a_3x3.conv.weight" in state:
+            from torchvision.models import inception_v3
+            model = inception_v3(init_weights=False)
+            model = nn.Sequential(nn.Upsample(299, mode="bilinear"), model)
+            model[1].load_state_dict(state)
+        else:
+            from classify import Classifier
+            model = Classifier(len(state["12.bias"]))
+            model.load_state_dict(state)
+    except Exception as error:              # whatever a hostile or broken file makes the reader raise
+        raise ValueError(f"{path} is no state dict of inception_v3 ({str(error).splitlines()[0]})") from None
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def inception_score(model: ImagenetCGN, classifier: nn.Module, count: int, truncation: float = 1.0, seed: int = 0,
+                    batch: int = 50) -> float:
+    """Inception Score, one split, of `count` images x_gen, one u and one label for all three mechanisms of each."""
+    device, probabilities = next(model.parameters()).device, []
+    for start in range(0, count, batch):
+        u, y, _ = draw_training(model, seed, range(start, min(start + batch, count)), truncation)
+        probabilities.append(classifier(model(u.to(device), y.to(device), truncation).image).softmax(dim=1).cpu())
+    return evaluate.inception_score(torch.cat(probabilities), splits=1)[0]
+
+
 def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, out: Path,
-                   device: str = "cpu") -> None:
+                   device: str = "cpu", classifier: Optional[nn.Module] = None) -> None:
     """Train `model` to take the frozen teacher's images apart (section 3, C.3), no real image needed.
 
     An update's gradient is the mean over `accumulate` images, `batch` at a time, spread over the ranks of a process group if
     there is one; spectral norms take one power iteration an update, so that the result does not depend on how it is cut.
-    Writes log.jsonl, checkpoint.pt (no frozen network in it) and sheets into `out`; continues from the checkpoint there.
-    Raises ValueError where `out` holds a run of another configuration, or a term is not finite.
+    Writes log.jsonl, checkpoint.pt (no frozen network in it) and sheets into `out`; continues from the checkpoint there. With a
+    classifier (see `read_classifier`) the Inception Score is logged with every sheet. Raises ValueError where `out` holds a run
+    of another configuration, or a term is not finite.
     """
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if config["accumulate"] % ranks:
@@ -600,7 +647,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
                     sample = model(u, y, config["truncation"])
                     leaves = [made.detach().requires_grad_() for made in sample[:3]]        # the losses' graphs end here
                     means[-1] += fraction * leaves[0].detach().mean()
-                    terms = imagenet_losses(model, *leaves, x_gt, style, draws, patch=config["patch"], terms=tuple(weights))
+                    terms = imagenet_losses(model, *leaves, x_gt, style, draws, patch=config["patch"],
+                                            relative=config["relative_patch"], terms=tuple(weights))
                     for number, (name, loss) in enumerate(terms):
                         (fraction * weights[name] * loss).backward()
                         means[number] += fraction * loss.detach()
@@ -633,6 +681,10 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
             _save(out / "checkpoint.pt", {"config": config, "step": done,
                                           **{name: part.state_dict() for name, part in parts.items()}})
             print(f"{chr(13) if sys.stdout.isatty() else ''}update {done}: {time.time() - started:.0f} s, {path}")
+            if classifier is not None:
+                score = inception_score(model, classifier, config["scored"], config["truncation"], config["seed"], config["batch"])
+                _log(out, {"step": done, "inception_score": score})
+                print(f"update {done}: Inception Score {score:.2f} of {config['scored']} images")
 
 
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -975,13 +1027,15 @@ FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (7
              (438, 439, 953), (63, 950, 815), (850, 441, 119), (225, 758, 888), (350, 881, 977), (604, 951, 93), (540, 407, 460),
              (947, 66, 9), (802, 930, 354), (484, 293, 74), (22, 949, 998), (873, 267, 30), (561, 854, 979), (907, 720, 970),
              (724, 869, 337), (833, 751, 958), (330, 607, 20), (849, 652, 429))
-NETWORKS, WEIGHTS = ("teacher", "saliency", "style"), Path(__file__).parent / "weights"
+NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__).parent / "weights"
 # The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
 # gives goes before either.
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
-         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "sheet_every": 10}
+         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "sheet_every": 10, "scored": 5000,
+         "inception": "inception_v3_google-0cc3c7bd.pth"}
 MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 600,
-        "accumulate": 50, "batch": 50, "lrs": (8e-5, 1e-3, 1e-3), "patch": 4, "sheet_every": 100}
+        "accumulate": 50, "batch": 50, "lrs": (8e-5, 1e-3, 1e-3), "patch": 4, "sheet_every": 100, "scored": 5000,
+        "inception": "mini-classifier.pth"}
 
 
 def parse_classes(text: str, classes: int, count: int) -> list[tuple[int, str]]:
@@ -1027,9 +1081,12 @@ def build_parser() -> argparse.ArgumentParser:
                           help=f"Adam, of each mechanism {default('lrs')}")
     imagenet.add_argument("--truncation", type=float, help="of the noise (default: 1; sheets 0.5)")
     imagenet.add_argument("--patch", type=int, help=f"side of the texture loss's patches {default('patch')}")
+    imagenet.add_argument("--relative-patch", action="store_true", help="patches that follow the object's size (appendix F): of "
+                          "--patch pixels where it fills a quarter of the image")
     imagenet.add_argument("--without", nargs="+", choices=tuple(WITHOUT), default=(), help="losses to leave off (Table 1)")
     for name in NETWORKS:
-        imagenet.add_argument(f"--{name}", metavar="FILE", help=f"frozen network in weights, fetched where it is absent {default(name)}")
+        imagenet.add_argument(f"--{name}", metavar="FILE", help="frozen network in weights, " + (
+            "whose Inception Score is logged if it is there " if name == "inception" else "fetched where it is absent ") + default(name))
 
     training = parser.add_argument_group("training (appendix C)")
     training.add_argument("--steps", type=int, help=f"default: {STEPS['colored']}, wildlife and own pictures {STEPS['wildlife']},"
@@ -1146,11 +1203,14 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
               "steps": args.steps, "batch": args.batch, "accumulate": args.accumulate, "lr": list(args.lrs),
               "truncation": 1.0 if args.truncation is None else args.truncation,
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
-              "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"]}
+              "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"],
+              "scored": schedule["scored"], "relative_patch": args.relative_patch}
     print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
           f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {device}; writing to {out}")
-    train_imagenet(config, model, biggan.load(teacher).to(device), StyleFeatures(style).to(device), out, device)
+    scoring = WEIGHTS / args.inception
+    classifier = read_classifier(biggan.find_weights(scoring)).to(device) if scoring.exists() and not args.dry_run else None
+    train_imagenet(config, model, biggan.load(teacher).to(device), StyleFeatures(style).to(device), out, device, classifier)
 
 
 def random_networks(classes: int = 10, width: int = 16) -> tuple[dict, dict, dict]:

@@ -24,7 +24,6 @@ from torchvision.models.vgg import make_layers
 import biggan
 import cgn
 import classify
-import evaluate
 import mnist_variants
 import u2net
 
@@ -108,14 +107,6 @@ def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mn
     return path
 
 
-def inception_score(x: torch.Tensor) -> float:
-    """The Inception Score of images (N, 3, 32, 32) in [-1, 1] under the miniature's classifier: 1 .. 10."""
-    classifier = classify.Classifier()
-    classifier.load_state_dict(torch.load(cgn.WEIGHTS / "mini-classifier.pth", map_location="cpu", weights_only=True))
-    with torch.no_grad():
-        return evaluate.inception_score(torch.cat([classifier.eval()(part).softmax(dim=1) for part in x.split(500)]))[0]
-
-
 @torch.no_grad()
 def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[str] = ()) -> str:
     """Table 1 as Markdown: trains a CGN with all losses, and one with each of them off, where `runs` does not hold it yet."""
@@ -126,14 +117,10 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
             cgn.main(["--dataset", "imagenet", "--mini", "--out", str(out), "--seed", str(seed), *options,
                       *(("--without", off) if off else ())])
         model = cgn.load(out / "checkpoint.pt")
-        u, y, _ = cgn.draw(model, seed, range(samples))
-        if not off:
-            teacher = biggan.load(cgn.WEIGHTS / model.config["networks"]["teacher"])
-            lines.append(f"| none: the teacher's images | {inception_score(teacher(u[0], y[0])):.2f} | |")
-        sample = model(u[0], y[0])
-        area = sample.mask.mean(dim=(1, 2, 3))
-        lines.append(f"| {f'without {off}' if off else 'all'} | {inception_score(sample.image):.2f} | {100 * area.mean():.1f} ± "
-                     f"{100 * area.std():.1f} % |")
+        u, y, _ = cgn.draw_training(model, seed, range(samples), 1.0)
+        score = cgn.inception_score(model, cgn.read_classifier(cgn.WEIGHTS / cgn.MINI["inception"]), samples, seed=seed)
+        area = torch.cat([model.saliency(model.f_shape(u_k, y_k)).mean(dim=(1, 2, 3)) for u_k, y_k in zip(u.split(500), y.split(500))])
+        lines.append(f"| {f'without {off}' if off else 'all'} | {score:.2f} | {100 * area.mean():.1f} ± {100 * area.std():.1f} % |")
     return "\n".join(lines)
 
 

@@ -1271,12 +1271,13 @@ def imagenet_model(networks, frozen=False):
 def imagenet_config(**changes):
     return {"model": "imagenet", "dataset": "imagenet", "names": [f"class {k}" for k in range(10)], "seed": 3, "steps": 3,
             "align_corners": False, "batch": 1, "accumulate": 6, "lr": [1e-4, 2e-4, 3e-4], "truncation": 1.0, "patch": 5,
-            "without": [], "bf16": False, "networks": {}, "sheet_every": 1, **changes}
+            "without": [], "bf16": False, "networks": {}, "sheet_every": 1, "relative_patch": False, **changes}
 
 
-def imagenet_run(states, out, **changes):
+def imagenet_run(states, out, classifier=None, **changes):
     model = imagenet_model(states)
-    cgn.train_imagenet(imagenet_config(**changes), model, biggan.load(states[0]), cgn.StyleFeatures(states[2]), out)
+    cgn.train_imagenet(imagenet_config(**changes), model, biggan.load(states[0]), cgn.StyleFeatures(states[2]), out,
+                       classifier=classifier)
     return model
 
 
@@ -1295,6 +1296,11 @@ def test_patches_come_from_where_the_mask_is_highest_and_fill_a_grid():
     assert torch.equal(grid[0, 1], x[0, 0, 2:6, 3:7].repeat(6, 6)) and torch.equal(grid[1, 0], x[0, 0, 15:19, 10:14].repeat(6, 6))
     everywhere = cgn.patch_grid(x, torch.ones(2, 1, 24, 24), torch.linspace(0, 0.999, 36).repeat(2, 1), patch=4)
     assert len(everywhere[0, 0, ::4, ::4].unique()) == 36
+    sides = cgn.relative_patch(torch.stack([torch.full((1, 24, 24), area) for area in (0.25, 0.25 / 4, 0.0001, 1.0)]), 4)
+    assert sides.tolist() == [4, 2, 1, 8]                       # in proportion to the root of the object's area
+    each = cgn.patch_grid(x, m, torch.zeros(2, 36), torch.tensor([4, 2]))
+    assert torch.equal(each[:1], cgn.patch_grid(x[:1], m[:1], torch.zeros(1, 36), 4))
+    assert torch.equal(each[1:], cgn.patch_grid(x[1:], m[1:], torch.zeros(1, 36), 2))
     leaf = x.clone().requires_grad_()
     assert not cgn.patch_grid(leaf, m, torch.zeros(2, 36), patch=4).requires_grad
     with pytest.raises(ValueError, match="patches of 25 pixels"):
@@ -1548,6 +1554,32 @@ def test_masks_and_backgrounds_are_written_beside_a_counterfactual(imagenet_chec
             written = F_image.pil_to_tensor(Image.open(tmp_path / f"0000000{index}{name}.png"))
             assert (written.int() - cgn.to_uint8(part[index]).int()).abs().max() <= 1
     assert len(list(tmp_path.glob("*.png"))) == 6 and len((tmp_path / "labels.csv").read_text().splitlines()) == 3
+
+
+def test_the_inception_score_is_logged_with_every_sheet(networks, tmp_path):
+    torch.save(classify.Classifier().state_dict(), tmp_path / "classifier.pth")
+    classifier = cgn.read_classifier(tmp_path / "classifier.pth")
+    imagenet_run(networks, tmp_path, steps=2, accumulate=1, sheet_every=1, scored=6, classifier=classifier)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    scores = {row["step"]: row["inception_score"] for row in rows if "inception_score" in row}
+    torch.save(networks[1], tmp_path / "saliency.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    model = cgn.ImagenetCGN(*(biggan.load(state[name]) for name in ("f_shape", "f_text", "f_bg")), u2net.load(networks[1]))
+    u, y, _ = cgn.draw_training(model, 0, range(6), 1.0)
+    expected = evaluate.inception_score(classifier(model(u, y).image).softmax(dim=1), splits=1)[0]
+    assert scores.keys() == {1, 2} and scores[2] == pytest.approx(expected, rel=1e-3)
+
+
+def test_torchvisions_inception_reads_images_in_minus_one_to_one(tmp_path):
+    from torchvision.models import inception_v3
+    model = inception_v3(init_weights=False)
+    torch.save(model.state_dict(), tmp_path / "inception.pth")
+    x = torch.rand(1, 3, 299, 299) * 2 - 1
+    with torch.no_grad():
+        assert torch.allclose(cgn.read_classifier(tmp_path / "inception.pth")(x), model.eval()(x), atol=1e-5)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="other.pth is no state dict of inception_v3"):
+        cgn.read_classifier(tmp_path / "other.pth")
 
 
 def test_the_triples_of_figure_24():
