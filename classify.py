@@ -16,27 +16,40 @@ the shape does. The same CNN is trained on
     python classify.py --figure --dataset colored                  # Figure 7 as runs/figure7-colored.png
 """
 import argparse
+import copy
+import itertools
 import json
+import os
 import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Callable, Iterator, Optional, Sequence, Union
 
+import numpy as np
 import torch
+import torch.distributed as distributed
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw, ImageFont
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import functional as F_image
 
+import biggan
 import cgn
 import evaluate
 import mnist_variants
+import u2net
 
 METHODS = ("original", "irm-2", "irm-5", "lntl", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
 ENVIRONMENTS = {"irm-2": (0.9, 1.0), "irm-5": (0.9, 0.925, 0.95, 0.975, 1.0)}       # agreement of colour and label (C.4)
 IRM_WEIGHT = 1000.0         # of the penalty at the end; it rises linearly from 0
 LNTL_BINS, LNTL_ENTROPY, LNTL_REVERSAL, LNTL_BATCH = 8, 0.01, 0.1, 128              # Kim et al. (2019), their code
 LABELS = ("shape", "foreground", "background")
+WEIGHTS = "resnet50-0676ba61.pth"
+HEADS = ("shape", "texture", "background")                                          # of the ensemble
 BATCH = 64
 EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
 # Real images in a batch of 64 when counterfactuals are the others. At half, the classifier learns to tell real from
@@ -326,7 +339,271 @@ def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title:
     mnist_variants.save_png(path, picture)
 
 
+# ------------------------------------------------------------------------------------------------- the ensemble on ImageNet
+
+class Ensemble(nn.Module):
+    """A torchvision classifier up to its last layer, and that layer once for each head (4.3): x (N, 3, H, W) -> scores (N, heads, C).
+
+    Heads are those of shape, texture and background. Its prediction is the class of the largest mean score: averaged logits
+    (C.4) and averaged log-probabilities (4.3) differ by a constant of each image, so that they rank classes alike and give
+    the same cross-entropy. Batch norms stay in eval mode while it trains (authors' code), so that an image's loss does not
+    depend on its batch.
+    """
+
+    def __init__(self, network: nn.Module, heads: int = 3):
+        super().__init__()
+        name, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+        network.set_submodule(name, nn.Identity())
+        self.backbone, self.heads = network, nn.ModuleList(copy.deepcopy(last) for _ in range(heads))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.backbone(x)
+        return torch.stack([head(h) for head in self.heads], dim=1)
+
+    def train(self, mode: bool = True) -> "Ensemble":
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+
+def ensemble_loss(real: torch.Tensor, y: torch.Tensor, counterfactual: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of real images' averaged scores (N, heads, C) with y (N,), and of each head's scores of counterfactuals
+    (M, heads, C) with its own label (M, heads), every image counting alike. A scalar."""
+    losses = [F.cross_entropy(real.mean(dim=1), y, reduction="sum")]
+    if len(labels):
+        losses.append(F.cross_entropy(counterfactual.mT, labels, reduction="none").mean(dim=1).sum())
+    return sum(losses) / (len(y) + len(labels))
+
+
+class Batches(torch.utils.data.Dataset):
+    """Step i's share of a batch: pictures drawn without replacement in each epoch, cut and mirrored at random; i is all it needs.
+
+    files: (path, labels) pairs; an item is x (count, 3, side, side) in [0, 1] and labels (count, ..) long. Raises ValueError
+    where a picture does not open, unless `skip` is set: then the next one takes its place.
+    """
+
+    def __init__(self, files: Sequence[tuple[str, Sequence[int]]], batch: int, side: int, seed: int, share: slice = slice(None),
+                 skip: bool = False, augment: bool = True):
+        self.files, self.batch, self.side, self.seed, self.share, self.skip = files, batch, side, seed, share, skip
+        self.cut = transforms.Compose([transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip()]) if augment else None
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = [], []
+        for position in range(step * self.batch, (step + 1) * self.batch)[self.share]:
+            epoch, place = divmod(position, len(self.files))
+            index = permutation(len(self.files), self.seed, epoch)[place]
+            picture, label = self._open(int(index))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(int(cgn.rng(self.seed, position).integers(2 ** 63)))
+                images.append(self.cut(picture) if self.cut else evaluation_cut(picture, self.side))
+            labels.append(label)
+        return torch.stack(images).float() / 255, torch.tensor(labels)
+
+    def _open(self, index: int) -> tuple[torch.Tensor, Sequence[int]]:
+        for path, labels in [*self.files[index:], *self.files[:index]]:
+            try:
+                with Image.open(path) as picture:
+                    return F_image.pil_to_tensor(picture.convert("RGB")), labels
+            except (OSError, Image.DecompressionBombError) as error:
+                if not self.skip:
+                    raise ValueError(f"{path} does not open as a picture ({error}): remove it, or give --skip-broken") from None
+        raise ValueError("none of the pictures opens")
+
+
+@lru_cache(maxsize=4)
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch's `count` pictures."""
+    return cgn.rng(seed, 2 ** 32 + epoch).permutation(count)
+
+
+def evaluation_cut(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """The middle of a picture (3, H, W) whose shorter side is 8 / 7 of `side`: 256 and 224 for ImageNet."""
+    return F_image.center_crop(F_image.resize(picture, side * 8 // 7, antialias=True), side)
+
+
+def labelled_files(folder: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Pictures and labels of a folder: three labels each from the labels.csv that cgn.py writes, else one of its subfolders'.
+
+    Raises ValueError for a folder without pictures, for a path that leaves it, and for a label that is no number.
+    """
+    table = Path(folder) / "labels.csv"
+    if table.exists():
+        rows = evaluate.read_rows(str(table), ("file",), ("shape",), ("texture",), ("background",))
+        try:
+            files = [(str(Path(folder) / file), tuple(map(int, labels))) for file, *labels in rows]
+        except ValueError as error:
+            raise ValueError(f"{table} holds a label that is no number ({error})") from None
+        outside = [file for file, *_ in rows if Path(file).name != file]
+        if outside:
+            raise ValueError(f"{table} names {outside[0]!r}, which is not in its folder")
+        return files
+    try:
+        return [(path, (label,)) for path, label in ImageFolder(folder).samples]
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} holds no pictures in subfolders, one a class ({error})") from None
+
+
+def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual: Optional[Callable], out: Path,
+                   device: str = "cpu") -> None:
+    """Train with SGD; real(first) gives x (n, 3, H, W) in [0, 1], y (n,) of each step from `first` on, counterfactual(first)
+    x (m, 3, H, W), labels (m, heads).
+
+    config: steps, lr, momentum, weight_decay, decay, milestones (steps), save_every, bf16. Every process of a group calls it with
+    its own share of each batch. Writes log.jsonl and checkpoint.pt into `out` and continues from there. Raises ValueError
+    where `out` holds another run, or the loss is not finite.
+    """
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"])
+    parts = {"ensemble": model, "optimizer": optimizer}
+    for turn in (0, 1):                                                             # rank 0 first: it alone writes
+        if (rank > 0) == turn:
+            first = cgn._continue(out, config, parts, write=rank == 0)
+        if distributed.is_initialized():
+            distributed.barrier()
+    network = nn.parallel.DistributedDataParallel(model) if distributed.is_initialized() else model
+    model.train()
+    reals, others = real(first), counterfactual(first) if counterfactual else None
+    started = time.time()
+    for step in range(first, config["steps"]):
+        x, y = (part.to(device) for part in next(reals))
+        x_cf, labels = (part.to(device) for part in next(others)) if others else (x[:0], y.new_zeros(0, 3))
+        for group in optimizer.param_groups:
+            group["lr"] = config["lr"] * config["decay"] ** sum(step >= milestone for milestone in config["milestones"])
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
+            scores = network(normalise(torch.cat([x, x_cf])))
+        loss = ensemble_loss(scores[:len(x)].float(), y.flatten(), scores[len(x):].float(), labels[:, :scores.shape[1]])
+        optimizer.zero_grad()
+        loss.backward()
+        mean = loss.detach()
+        if distributed.is_initialized():
+            distributed.all_reduce(mean)
+            mean /= distributed.get_world_size()
+        if not torch.isfinite(mean):
+            raise ValueError(f"step {step + 1}: the loss is not finite; the last checkpoint is kept: try a smaller --lr")
+        optimizer.step()
+        done = step + 1
+        if rank == 0 and (done % config["save_every"] == 0 or done == config["steps"]):
+            rate = (done - first) / (time.time() - started)
+            cgn._log(out, {"step": done, "loss": mean.item(), "steps_per_second": float(f"{rate:.3g}")})
+            cgn._save(out / "checkpoint.pt", {"config": config, "step": done, **{name: part.state_dict() for name, part in parts.items()}})
+            print(f"step {done}/{config['steps']}: loss {mean.item():.3f}, {(config['steps'] - done) / rate / 3600:.1f} h left", flush=True)
+
+
+def load_steps(dataset: Batches, steps: range, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The items `steps` of a data set, read by `workers` other processes; ValueError where one of them fails or dies."""
+    try:
+        yield from torch.utils.data.DataLoader(dataset, batch_size=None, sampler=steps, num_workers=workers)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}; the last checkpoint is kept") from None
+
+
+def draw_steps(model: nn.Module, first: int, batch: int, side: int, seed: int, per_shape: int, share: slice
+               ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Counterfactuals made when they are needed, for each step from `first` on: x (n, 3, side, side) in [0, 1] and labels (n, 3).
+
+    Image i of the whole training is image i of the CGN's data set with this seed."""
+    for step in itertools.count(first):
+        sample, labels = cgn.counterfactual_batch(model, seed, range(step * batch, (step + 1) * batch)[share], per_shape)
+        yield F.interpolate((sample.image + 1) / 2, (side, side), mode="bilinear", antialias=True).cpu(), labels.T
+
+
+def normalise(x: torch.Tensor) -> torch.Tensor:
+    """x (N, 3, H, W) in [0, 1] -> with ImageNet's mean and deviation."""
+    return F_image.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def load_ensemble(path: Union[str, os.PathLike]) -> Ensemble:
+    """The ensemble of a checkpoint, in eval mode; `.config` is its run's. ValueError for a file that is none."""
+    state = cgn.read_checkpoint(path)
+    try:
+        config = state["config"]
+        model = Ensemble(torchvision.models.get_model(config["network"], num_classes=len(config["names"])), config["heads"])
+        model.load_state_dict(state["ensemble"])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of an ensemble ({str(error).splitlines()[0]})") from None
+    model.config = config
+    return model.eval()
+
+
+def sentence(model: Ensemble, x: torch.Tensor, names: Sequence[str]) -> str:
+    """Figure 1's sentence about x (1, 3, H, W) in [0, 1], with each head's confidence."""
+    with torch.no_grad():
+        found = model.eval()(normalise(x))[0].softmax(dim=1).max(dim=1)
+    said = [f"{names[index]}" for index in found.indices.tolist()]
+    article = "an" if said[0][0].lower() in "aeiou" else "a"
+    return (f"{article} {said[0]} shape with {said[1]} texture on a {said[2]} background ("
+            + ", ".join(f"{name} {100 * p:.0f} %" for name, p in zip(HEADS, found.values.tolist())) + ")")
+
+
 # ------------------------------------------------------------------------------------------------------------ command line
+
+def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
+    """Train the ensemble on folders, as --real and --counterfactuals or --cgn say."""
+    cgn._join_group(args)
+    rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    if not args.real:
+        raise ValueError("--dataset imagenet needs --real FOLDER, with one subfolder a class")
+    counted = {"--batch": args.batch, "--ratio": args.ratio * args.batch}
+    for name, count in counted.items():
+        if count % ranks or count != int(count):
+            raise ValueError(f"{name} gives batches of {count} images, which cannot be spread evenly over {ranks} processes")
+    folders = [ImageFolder(folder).classes for folder in args.real]
+    if any(classes != folders[0] for classes in folders):
+        raise ValueError(f"the folders {', '.join(args.real)} do not have the same subfolders")
+    names = folders[0]
+    files = [row for folder in args.real for row in labelled_files(folder)]
+    pictures = [row for folder in args.counterfactuals or () for row in labelled_files(folder)]
+    share, epoch, made = slice(rank, None, ranks), -(-len(files) // args.batch), int(args.ratio * args.batch)
+    if any(len(labels) != 3 or not all(0 <= label < len(names) for label in labels) for _, labels in pictures):
+        raise ValueError(f"the counterfactuals need three labels each in 0..{len(names) - 1}, like --real's subfolders")
+    config = {"network": args.network, "heads": args.heads, "names": names, "side": args.side, "seed": args.seeds[0], "batch": args.batch,
+              "ratio": args.ratio, "real": args.real, "counterfactuals": args.counterfactuals, "cgn": args.cgn,
+              "steps": 2 if args.dry_run else args.epochs * epoch, "lr": args.lr, "momentum": 0.9, "weight_decay": 1e-4,
+              "decay": args.decay, "milestones": [epoch * number for number in args.milestones], "save_every": args.save_every or epoch,
+              "bf16": args.bf16}
+    torch.manual_seed(args.seeds[0])
+    network = torchvision.models.get_model(args.network, num_classes=1000)
+    if not args.scratch and not args.dry_run:
+        try:
+            network.load_state_dict(torch.load(biggan.find_weights(args.weights), map_location="cpu", weights_only=True))
+        except Exception as error:          # whatever a hostile or broken file makes the reader raise
+            raise ValueError(f"{args.weights} is no state dict of {args.network} ({str(error).splitlines()[0]}): name another with "
+                             "--weights, or start anew with --scratch") from None
+    model = Ensemble(network, args.heads)
+    if len(names) != 1000:                          # heads of another data set start anew
+        model.heads = nn.ModuleList(nn.Linear(model.heads[0].in_features, len(names)) for _ in range(args.heads))
+
+    def from_files(files: list, batch: int) -> Callable:
+        dataset = Batches(files, batch, args.side, args.seeds[0], share, args.skip_broken)
+        return lambda first: load_steps(dataset, range(first, config["steps"]), args.workers)
+
+    real, counterfactual = from_files(files, args.batch), None
+    if args.cgn:
+        model_cgn, part = cgn.load(args.cgn).to(args.device), slice(rank * made // ranks, (rank + 1) * made // ranks)
+        counterfactual = lambda first: draw_steps(model_cgn, first, made, args.side, args.seeds[0], args.per_shape, part)
+    elif pictures:
+        counterfactual = from_files(pictures, made)
+    print(f"{args.network} with {args.heads} heads: {len(files)} real images, {len(names)} classes, {len(pictures)} counterfactuals"
+          f"{' and ' + args.cgn if args.cgn else ''}; {config['steps']} steps of {args.batch} + {made if counterfactual else 0}; "
+          f"writing to {out}")
+    train_ensemble(config, model.to(args.device), real, counterfactual, out, args.device)
+    print(f"done; next: python evaluate.py --ensemble {out / 'checkpoint.pt'} --imagenet path/to/val")
+
+
+def _say_main(args: argparse.Namespace) -> None:
+    if not args.checkpoint:
+        raise ValueError(f"--say {args.say} needs --checkpoint, the ensemble's")
+    model = load_ensemble(args.checkpoint)
+    if model.config["heads"] != 3:
+        raise ValueError(f"{args.checkpoint} has {model.config['heads']} head: the sentence needs those of shape, texture and background")
+    picture = F_image.pil_to_tensor(u2net.open_photo(args.say))
+    names = model.config["names"]
+    if len(names) == 1000:                          # folders are named by WordNet number, in torchvision's order
+        names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    print(sentence(model, evaluation_cut(picture, model.config["side"])[None].float() / 255, names))
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train classifiers on real and counterfactual images and compare them.")
@@ -334,7 +611,8 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="Table 2: every --method on every --dataset (the default)")
     what.add_argument("--figure", action="store_true", help="Figure 7: accuracy against the number of counterfactuals")
-    parser.add_argument("--dataset", nargs="+", choices=mnist_variants.NAMES, default=list(mnist_variants.NAMES))
+    parser.add_argument("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), default=list(mnist_variants.NAMES),
+                        help="imagenet: the ensemble of three heads, see below (default: the MNIST variants)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--label", choices=LABELS, default="shape", help="what the classifier reads (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data, generator and classifier together")
@@ -351,6 +629,29 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--dry-run", action="store_true", help="the same in miniature, in a temporary folder")
+
+    imagenet = parser.add_argument_group("the ensemble, --dataset imagenet (section 4.3, C.4)")
+    imagenet.add_argument("--real", nargs="+", metavar="FOLDER", help="real images, one subfolder a class (IN, SIN, Mixed-Rand)")
+    imagenet.add_argument("--counterfactuals", nargs="+", metavar="FOLDER", help="folders that cgn.py --counterfactuals wrote")
+    imagenet.add_argument("--cgn", metavar="FILE", help="or a CGN's checkpoint to draw them from while training")
+    imagenet.add_argument("--network", default="resnet50", help="any classifier of torchvision (default: %(default)s)")
+    imagenet.add_argument("--weights", metavar="FILE", default=str(cgn.WEIGHTS / WEIGHTS), help=f"state dict to start from (default: "
+                          f"weights/{WEIGHTS}, fetched where it is absent)")
+    imagenet.add_argument("--scratch", action="store_true", help="start from random weights")
+    imagenet.add_argument("--heads", type=int, choices=(1, 3), default=3, help="1: a plain classifier (default: %(default)s)")
+    imagenet.add_argument("--batch", type=int, default=256, help="real images in a batch (default: %(default)s)")
+    imagenet.add_argument("--ratio", type=float, default=1.0, help="counterfactuals for each of them (3.2; default: %(default)s)")
+    imagenet.add_argument("--epochs", type=int, default=70)
+    imagenet.add_argument("--lr", type=float, default=0.1)
+    imagenet.add_argument("--decay", type=float, default=0.001, help="of the rate after each milestone (default: %(default)s)")
+    imagenet.add_argument("--milestones", type=int, nargs="*", default=(30, 60), help="epochs (default: 30 60)")
+    imagenet.add_argument("--side", type=int, default=224, help="pixels of an image (default: %(default)s)")
+    imagenet.add_argument("--workers", type=int, default=4, help="processes that read pictures (default: %(default)s)")
+    imagenet.add_argument("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
+    imagenet.add_argument("--skip-broken", action="store_true", help="take the next picture for one that does not open")
+    imagenet.add_argument("--out", default="runs/ensemble", help="folder of the run, continued if it is there (default: %(default)s)")
+    imagenet.add_argument("--checkpoint", metavar="FILE", help="with --say: the ensemble's checkpoint")
+    imagenet.add_argument("--say", metavar="PHOTO", help="what the three heads see in a picture")
     return parser
 
 
@@ -358,7 +659,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        for name in ("count", "per_shape", "steps", "generator_steps", "threads"):
+        for name in ("count", "per_shape", "steps", "generator_steps", "threads", "batch", "epochs", "side", "save_every"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
         if args.figure and args.count < 10:
@@ -369,12 +670,21 @@ def main(argv: Optional[list[str]] = None) -> None:
             args.count, args.steps, args.generator_steps, args.seeds = 100, 2, 2, args.seeds[:1]
         with tempfile.TemporaryDirectory() as folder:
             if args.dry_run:
-                args.runs = folder
-            _write(args)
+                args.runs = args.out = folder
+            if args.say:
+                _say_main(args)
+            elif args.dataset == ["imagenet"]:
+                _ensemble_main(args, Path(args.out))
+            elif "imagenet" in args.dataset:
+                raise ValueError("--dataset imagenet goes alone: it trains the ensemble, the others make a table")
+            else:
+                _write(args)
         if args.dry_run:
             print("dry run finished; nothing is kept")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nstopped: the same command continues from what is written\n")
 
 
 def _write(args: argparse.Namespace) -> None:

@@ -1627,6 +1627,132 @@ def test_missing_big_networks_are_named(tmp_path):
     one_line(script("cgn.py", "--dataset", "imagenet", "--teacher", tmp_path / "teacher.bin", "--out", tmp_path / "run"), "teacher.bin")
 
 
+# ------------------------------------------------------------------------------------------------- classify: the ensemble
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of five small pictures in subfolders, and six counterfactuals as cgn.py writes them."""
+    root, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    (root / "counterfactuals").mkdir()
+    for name, count in (("real/ant", 5), ("real/bee", 5), ("counterfactuals", 6)):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            Image.fromarray(generator.integers(256, size=(40, 36, 3), dtype=np.uint8)).save(root / name / f"{index:08d}.png")
+    rows = [f"{index:08d}.png,0,{index},{index % 2},{index // 2 % 2},{index // 4 % 2}" for index in range(6)]
+    (root / "counterfactuals" / "labels.csv").write_text("\n".join(["file,seed,u,shape,texture,background", *rows]) + "\n")
+    return root
+
+
+def ensemble_options(pictures, out, *more):
+    return ("--dataset", "imagenet", "--real", pictures / "real", "--counterfactuals", pictures / "counterfactuals", "--network",
+            "shufflenet_v2_x0_5", "--scratch", "--side", 32, "--batch", 4, "--epochs", 2, "--lr", 0.01, "--save-every", 1, "--workers", 1,
+            "--threads", 1, "--out", out, *more)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()[1:]]
+
+
+def test_averaged_logits_and_log_probabilities_are_one_prediction_and_one_loss():
+    z, y = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(0)) * 4, torch.arange(5)
+    assert torch.equal(z.mean(1).argmax(1), z.log_softmax(2).mean(1).argmax(1))
+    assert torch.allclose(F.cross_entropy(z.mean(1), y), F.cross_entropy(z.log_softmax(2).mean(1), y))
+
+
+def test_ensemble_loss_by_hand():
+    real = torch.tensor([[[2.0, 0.0], [0.0, 0.0], [1.0, 0.0]]])                     # one image, three heads: mean scores 1, 0
+    counterfactual = torch.tensor([[[3.0, 0.0], [0.0, 3.0], [0.0, 0.0]]])
+    expected = (np.log(1 + np.exp(-1)) + (2 * np.log(1 + np.exp(-3)) + np.log(2)) / 3) / 2
+    assert classify.ensemble_loss(real, torch.tensor([0]), counterfactual, torch.tensor([[0, 1, 1]])).item() == pytest.approx(expected)
+    alone = classify.ensemble_loss(real, torch.tensor([0]), real[:0], torch.zeros(0, 3).long())
+    assert alone.item() == pytest.approx(np.log(1 + np.exp(-1)))
+
+
+def test_an_ensemble_starts_as_its_network_and_keeps_its_batch_norms():
+    torch.manual_seed(0)
+    network = classify.torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=6).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(x)
+        model = classify.Ensemble(network)
+        assert torch.allclose(model.train()(x), expected[:, None].expand(-1, 3, -1), atol=1e-5)
+    model(x)[:, 1].sum().backward()
+    assert not model.heads[0].weight.grad.any() and model.heads[1].weight.grad.any()
+
+
+def test_each_epoch_holds_every_picture_once(pictures):
+    files = classify.labelled_files(str(pictures / "counterfactuals"))
+    assert files[5][1] == (1, 0, 1)
+    data = classify.Batches([(path, (number,)) for number, (path, _) in enumerate(files)], 3, 32, seed=1)
+    first, again = [data[0], data[1]], classify.Batches(data.files, 3, 32, seed=1)
+    assert sorted(torch.cat([labels for _, labels in first]).flatten().tolist()) == list(range(6))
+    assert torch.equal(again[1][0], first[1][0]) and first[0][0].shape == (3, 3, 32, 32) and first[0][0].max() <= 1
+    share = classify.Batches(data.files, 3, 32, seed=1, share=slice(1, None, 2))
+    assert torch.equal(share[0][0], first[0][0][1::2]) and not torch.equal(data[2][1], data[0][1])
+
+
+def test_the_ensemble_trains_the_same_stopped_or_not_alone_or_in_two_processes(pictures, tmp_path):
+    result = script("classify.py", *ensemble_options(pictures, tmp_path / "whole"))
+    assert result.returncode == 0 and "10 real images, 2 classes, 6 counterfactuals; 6 steps of 4 + 4" in result.stdout, result.stderr
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import cgn, classify
+save, saved = cgn._save, []
+def stop(path, state):
+    save(path, state)
+    saved.append(path)
+    if len(saved) == 2:
+        raise KeyboardInterrupt
+cgn._save = stop
+classify.main({[str(option) for option in ensemble_options(pictures, tmp_path / 'parts')]})
+"""
+    stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert stopped.returncode != 0 and torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert script("classify.py", *ensemble_options(pictures, tmp_path / "parts")).returncode == 0
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(a["ensemble"][key], b["ensemble"][key]) for key in a["ensemble"])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+    result = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29534", "classify.py",
+                             *map(str, ensemble_options(pictures, tmp_path / "two"))], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+    said = script("classify.py", "--checkpoint", tmp_path / "whole" / "checkpoint.pt", "--say", pictures / "real" / "ant" / "00000000.png")
+    assert re.fullmatch(r"an? (ant|bee) shape with (ant|bee) texture on a (ant|bee) background "
+                        r"\(shape \d+ %, texture \d+ %, background \d+ %\)\n", said.stdout), said
+
+
+def test_an_ensemble_draws_its_counterfactuals_from_a_cgn(pictures, imagenet_checkpoint):
+    model = cgn.load(imagenet_checkpoint)
+    steps = classify.draw_steps(model, 3, 4, 24, seed=1, per_shape=2, share=slice(1, 3))
+    x, labels = next(steps)
+    sample, expected = cgn.counterfactual_batch(model, 1, range(13, 15), per_shape=2)
+    assert x.shape == (2, 3, 24, 24) and 0 <= x.min() and x.max() <= 1 and torch.equal(labels, expected.T)
+    assert torch.equal(next(steps)[1], cgn.draw(model, 1, range(17, 19), 2)[1].T)
+
+
+@pytest.mark.parametrize("change, words", [
+    (("--real", "nowhere"), ("nowhere",)), (("--real", "docs"), ("docs",)), (("--batch", "0"), ("--batch 0",)),
+    (("--network", "lenet"), ("lenet",)), (("--counterfactuals", "docs"), ("docs",)), (("--out", "requirements.txt"), ("requirements.txt",)),
+    (("--weights", "requirements.txt"), ("--scratch",)), (("--ratio", "0.3"), ("--ratio",)),
+])
+def test_mistakes_with_the_ensemble_are_one_line(pictures, tmp_path, change, words):
+    options = [option for option in ensemble_options(pictures, tmp_path) if option != "--scratch" or "--weights" not in change]
+    one_line(script("classify.py", *options, *change), *words)
+
+
+def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
+    shutil.copytree(pictures, tmp_path / "p")
+    (tmp_path / "p" / "real" / "ant" / "00000001.png").write_text("no picture")
+    one_line(script("classify.py", *ensemble_options(tmp_path / "p", tmp_path / "out")), "00000001.png does not open", "--skip-broken")
+    assert script("classify.py", *ensemble_options(tmp_path / "p", tmp_path / "out", "--skip-broken")).returncode == 0
+    for row, words in (("../../x.png,0,0,1,1,1", "not in its folder"), ("00000000.png,0,0,one,1,1", "no number"),
+                       ("00000000.png,0,0,1,1,2", "0..1")):
+        (tmp_path / "p" / "counterfactuals" / "labels.csv").write_text("file,seed,u,shape,texture,background\n" + row + "\n")
+        one_line(script("classify.py", *ensemble_options(tmp_path / "p", tmp_path / "out2")), words)
+
+
 # ---------------------------------------------------------------------------------------------------------- users' mistakes
 
 @pytest.mark.parametrize("arguments, words", [
