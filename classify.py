@@ -385,9 +385,9 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, files: Sequence[tuple[str, Sequence[int]]], batch: int, side: int, seed: int, share: slice = slice(None),
-                 skip: bool = False, augment: bool = True):
-        self.files, self.batch, self.side, self.seed, self.share, self.skip = files, batch, side, seed, share, skip
-        self.cut = transforms.Compose([transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip()]) if augment else None
+                 skip: bool = False):
+        self.files, self.batch, self.seed, self.share, self.skip = files, batch, seed, share, skip
+        self.cut = transforms.Compose([transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip()])
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels = [], []
@@ -397,19 +397,40 @@ class Batches(torch.utils.data.Dataset):
             picture, label = self._open(int(index))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(int(cgn.rng(self.seed, position).integers(2 ** 63)))
-                images.append(self.cut(picture) if self.cut else evaluation_cut(picture, self.side))
+                images.append(self.cut(picture))
             labels.append(label)
         return torch.stack(images).float() / 255, torch.tensor(labels)
 
     def _open(self, index: int) -> tuple[torch.Tensor, Sequence[int]]:
         for path, labels in [*self.files[index:], *self.files[:index]]:
             try:
-                with Image.open(path) as picture:
-                    return F_image.pil_to_tensor(picture.convert("RGB")), labels
-            except (OSError, Image.DecompressionBombError) as error:
+                return read_picture(path), labels
+            except ValueError:
                 if not self.skip:
-                    raise ValueError(f"{path} does not open as a picture ({error}): remove it, or give --skip-broken") from None
+                    raise
         raise ValueError("none of the pictures opens")
+
+
+class Middles(torch.utils.data.Dataset):
+    """The middles of pictures, in order, as they are judged: item i is (3, side, side) in [0, 1]."""
+
+    def __init__(self, paths: Sequence[str], side: int):
+        self.paths, self.side = paths, side
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return evaluation_cut(read_picture(self.paths[index]), self.side).float() / 255
+
+
+def read_picture(path: str) -> torch.Tensor:
+    """(3, H, W) uint8. Raises ValueError where it does not open."""
+    try:
+        with Image.open(path) as picture:
+            return F_image.pil_to_tensor(picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} does not open as a picture ({error}): remove it, or train with --skip-broken") from None
 
 
 @lru_cache(maxsize=4)
@@ -525,6 +546,18 @@ def load_ensemble(path: Union[str, os.PathLike]) -> Ensemble:
         raise ValueError(f"{path} is no checkpoint of an ensemble ({str(error).splitlines()[0]})") from None
     model.config = config
     return model.eval()
+
+
+@torch.no_grad()
+def score(model: Ensemble, paths: Sequence[str], workers: int = 4) -> torch.Tensor:
+    """Scores (N, heads, C) of the pictures `paths`. Raises ValueError where one does not open, and for no pictures."""
+    if not len(paths):
+        raise ValueError("there are no pictures to judge")
+    loader = torch.utils.data.DataLoader(Middles(paths, model.config["side"]), batch_size=50, num_workers=workers)
+    try:
+        return torch.cat([model(normalise(x)) for x in loader])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def sentence(model: Ensemble, x: torch.Tensor, names: Sequence[str]) -> str:

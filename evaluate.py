@@ -2,6 +2,7 @@
 
     python evaluate.py --predictions predictions.csv                     # columns label,prediction: accuracy and confusion
     python evaluate.py --cue-conflict decisions.csv                      # columns file,decision: shape bias (Table 3)
+    python evaluate.py --ensemble runs/ensemble/checkpoint.pt --imagenet9 path/to/bg_challenge       # BG-Gap (Table 4)
     python evaluate.py --cgn runs/wildlife-cgn-0/checkpoint.pt --textures path/to/dtd    # are the mechanisms independent?
 
 Fractions are in [0, 1]; a metric of nothing is a ValueError. The functions need torch alone; the command for a CGN imports
@@ -111,6 +112,19 @@ def imagenet9_map() -> list[int]:
         for index in _indices(text):
             classes[index] = number
     return classes
+
+
+def imagenet9_accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
+    """Fraction in [0, 1] of ImageNet predictions (N,) in 0..999 that fall into their class (N,) of ImageNet-9, 0..8."""
+    return accuracy(torch.tensor(imagenet9_map())[predictions], labels)
+
+
+def bg_gap(accuracies: dict[str, float]) -> float:
+    """Accuracy on mixed_same minus that on mixed_rand (Xiao et al., 2020). ValueError where one is missing."""
+    missing = [name for name in ("mixed_same", "mixed_rand") if name not in accuracies]
+    if missing:
+        raise ValueError(f"BG-Gap needs {missing[0]}: there are {', '.join(accuracies) or 'no variations'}")
+    return accuracies["mixed_same"] - accuracies["mixed_rand"]
 
 
 def cue_conflict_decisions(probabilities: torch.Tensor) -> list[str]:
@@ -229,8 +243,12 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--predictions", help="CSV file with the columns label and prediction: accuracy and confusion")
     what.add_argument("--cue-conflict", help="CSV file with the columns file and decision (or imagename and object_response, as "
-                      "published by Geirhos et al.): shape bias")
+                      "published by Geirhos et al.), or with --ensemble the folder of images: shape bias")
+    what.add_argument("--imagenet9", help="CSV file with the columns variation (mixed_same, ..), label (0..8) and prediction "
+                      "(0..999), or with --ensemble the folder of variations: accuracies and BG-Gap")
+    what.add_argument("--imagenet", help="with --ensemble: folder with one subfolder a class: top-1 and top-5 accuracy")
     what.add_argument("--cgn", help="checkpoint.pt of a CGN: the 3x3 table of its mechanisms, hidden digits, swapped classes")
+    parser.add_argument("--ensemble", help="checkpoint.pt of classify.py --dataset imagenet: judge each head and their average")
     parser.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
     parser.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
     parser.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
@@ -244,7 +262,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        main_of = _predictions_main if args.predictions else _cue_conflict_main if args.cue_conflict else _cgn_main
+        main_of = next(main_of for main_of, given in (
+            (_predictions_main, args.predictions), (_cue_conflict_main, args.cue_conflict), (_imagenet9_main, args.imagenet9),
+            (_imagenet_main, args.imagenet), (_cgn_main, True)) if given)
         result = main_of(args)
         if args.out:
             Path(args.out).write_text(json.dumps(result) + "\n")
@@ -262,15 +282,93 @@ def _predictions_main(args: argparse.Namespace) -> dict:
     return {"accuracy": accuracy(predictions, labels), "samples": len(labels), "confusion": counts.tolist()}
 
 
+def _judge(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """ImageNet probabilities (N, C) of pictures, by head and by the average of the heads, from --ensemble."""
+    import classify
+    if not args.ensemble:
+        raise ValueError("a folder of images needs --ensemble, the checkpoint that judges them")
+    model = classify.load_ensemble(args.ensemble)
+    scores = classify.score(model, paths)                                           # (N, heads, C)
+    heads = dict(zip(classify.HEADS, scores.unbind(1))) if scores.shape[1] == 3 else {}
+    return {name: part.softmax(dim=1) for name, part in {**heads, "average": scores.mean(dim=1)}.items()}
+
+
+def _print_table(first: str, rows: dict[str, dict[str, float]]) -> None:
+    columns = list(next(iter(rows.values())))
+    print(f"| {first} | {' | '.join(columns)} |\n" + "|---" * (1 + len(columns)) + "|")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{100 * row[column]:.2f} %" for column in columns) + " |")
+
+
 def _cue_conflict_main(args: argparse.Namespace) -> dict:
-    files, decisions = zip(*read_rows(args.cue_conflict, ("file", "imagename"), ("decision", "object_response")))
-    unknown = sorted(set(decisions) - CUE_CONFLICT.keys())
-    if unknown:
-        raise ValueError(f"{args.cue_conflict}: {unknown[0]!r} is none of the 16 categories ({', '.join(CUE_CONFLICT)})")
+    if Path(args.cue_conflict).is_dir():
+        files = sorted(map(str, Path(args.cue_conflict).rglob("*.png")))
+        judged = {name: _decide(probabilities, args.ensemble) for name, probabilities in _judge(args, files).items()}
+    else:
+        files, decisions = zip(*read_rows(args.cue_conflict, ("file", "imagename"), ("decision", "object_response")))
+        unknown = sorted(set(decisions) - CUE_CONFLICT.keys())
+        if unknown:
+            raise ValueError(f"{args.cue_conflict}: {unknown[0]!r} is none of the 16 categories ({', '.join(CUE_CONFLICT)})")
+        judged = {"decisions": decisions}
     shape, texture = zip(*map(cue_conflict_labels, files))
-    bias, hits = shape_bias(decisions, shape, texture), cue_conflict_hits(decisions, shape, texture)
-    print(f"shape bias {100 * bias:.2f} %: of {len(files)} images {hits[0]} by shape, {hits[1]} by texture")
-    return {"shape_bias": bias, "shape_hits": hits[0], "texture_hits": hits[1], "images": len(files)}
+    result = {}
+    for name, decisions in judged.items():
+        bias, hits = shape_bias(decisions, shape, texture), cue_conflict_hits(decisions, shape, texture)
+        print(f"{name}: shape bias {100 * bias:.2f} %: of {len(files)} images {hits[0]} by shape, {hits[1]} by texture")
+        result[name] = {"shape_bias": bias, "shape_hits": hits[0], "texture_hits": hits[1], "images": len(files)}
+    return result if len(result) > 1 else result[name]
+
+
+def _decide(probabilities: torch.Tensor, ensemble: str) -> list[str]:
+    if probabilities.shape[1] != 1000:
+        raise ValueError(f"{ensemble} knows {probabilities.shape[1]} classes: ImageNet's 1,000 are needed")
+    return cue_conflict_decisions(probabilities)
+
+
+def _imagenet9_main(args: argparse.Namespace) -> dict:
+    found = {}                                              # variation: labels, {head: predictions}
+    if Path(args.imagenet9).is_dir():
+        for folder in sorted(Path(args.imagenet9).glob("*/val")):
+            files = sorted(path for path in folder.glob("0[0-8]_*/*") if path.is_file())
+            judged = _judge(args, list(map(str, files)))
+            if judged["average"].shape[1] != 1000:
+                raise ValueError(f"{args.ensemble} knows {judged['average'].shape[1]} classes: ImageNet's 1,000 are needed")
+            labels = torch.tensor([int(path.parent.name[:2]) for path in files])
+            found[folder.parent.name] = labels, {name: p.argmax(dim=1) for name, p in judged.items()}
+    else:
+        rows = read_rows(args.imagenet9, ("variation",), ("label",), ("prediction",))
+        for variation in dict.fromkeys(row[0] for row in rows):
+            try:
+                labels, predictions = torch.tensor([(int(a), int(b)) for name, a, b in rows if name == variation]).T
+            except (ValueError, RuntimeError, OverflowError) as error:
+                raise ValueError(f"{args.imagenet9} holds a label or prediction that is no whole number ({error})") from None
+            for name, values, classes in (("label", labels, 9), ("prediction", predictions, 1000)):
+                if int(values.min()) < 0 or int(values.max()) >= classes:
+                    raise ValueError(f"{args.imagenet9}: a {name} of {variation} is not in 0..{classes - 1}")
+            found[variation] = labels, {"predictions": predictions}
+    result = {}
+    for variation, (labels, judged) in found.items():
+        for name, predictions in judged.items():
+            result.setdefault(name, {})[variation] = imagenet9_accuracy(predictions, labels)
+    if not result:
+        raise ValueError(f"{args.imagenet9} has no folder VARIATION/val/00_dog .. 08_fish")
+    for row in result.values():
+        row["BG-Gap"] = bg_gap(row)
+    _print_table("accuracy", result)
+    return result
+
+
+def _imagenet_main(args: argparse.Namespace) -> dict:
+    import classify
+    files, labels = zip(*classify.labelled_files(args.imagenet))
+    labels = torch.tensor(labels)[:, 0]
+    judged = _judge(args, files)
+    if int(labels.max()) >= judged["average"].shape[1]:
+        raise ValueError(f"{args.imagenet} has {int(labels.max()) + 1} classes, {args.ensemble} knows {judged['average'].shape[1]}")
+    result = {name: {"top-1": accuracy(p.argmax(dim=1), labels), "top-5": top_k_accuracy(p, labels, min(5, p.shape[1]))}
+              for name, p in judged.items()}
+    _print_table("accuracy", result)
+    return result
 
 
 def _cgn_main(args: argparse.Namespace) -> dict:

@@ -22,7 +22,7 @@ import io
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -48,6 +48,10 @@ DOUBLE_BACKGROUND = torch.tensor([(0, 100, 0), (0, 0, 139), (176, 48, 96), (255,
                                   (0, 255, 0), (0, 255, 255), (255, 0, 255), (100, 149, 237)])
 DOUBLE_FOREGROUND = DOUBLE_BACKGROUND.roll(-6, 0)
 COLOR_VARIANCE = 0.02                       # of one image's colour around its class colour, on the [0, 1] scale
+
+# Agreements of test sets like ImageNet's: a texture never the shape's (Geirhos et al., 2019); backgrounds of the same or of
+# any class behind an object that is as it was (Xiao et al., 2020).
+CUE_CONFLICT, MIXED_SAME, MIXED_RAND = (0.0, 0.1), (1.0, 1.0), (1.0, 0.1)
 
 DTD_FILES = {  # the paper's textures for classes 0..9, in DTD's own layout: images/striped/striped_0001.jpg
     "striped": ("0001", "0091", "0008", "0043", "0092", "0028", "0097", "0004", "0125", "0033"),  # foreground
@@ -182,7 +186,7 @@ def _patches(textures: torch.Tensor, labels: torch.Tensor, generator: torch.Gene
 
 # -------------------------------------------------------------------------------------------------------------- variants
 
-def load(name: str, split: str, *, agreement: Optional[float] = None, seed: int = 0,
+def load(name: str, split: str, *, agreement: Union[float, tuple[float, float], None] = None, seed: int = 0,
          textures: Optional[str | os.PathLike] = None, variance: float = COLOR_VARIANCE,
          root: str | os.PathLike = "data/mnist") -> Variant:
     """One split of a variant, a pure function of its arguments (appendix A.2).
@@ -190,7 +194,8 @@ def load(name: str, split: str, *, agreement: Optional[float] = None, seed: int 
     name       colored, double-colored or wildlife
     split      train (MNIST's first 50,000 training digits), val (its last 10,000) or test (the official 10,000)
     agreement  probability that the foreground carries the shape's label, else it is uniform over the other nine; for the
-               background the same, drawn separately. Default: 1 for train, 0.1 for val and test, where labels are uniform
+               background the same, drawn separately, or with a probability of its own: (foreground, background). Default:
+               1 for train, 0.1 for val and test, where labels are uniform; see also CUE_CONFLICT, MIXED_SAME, MIXED_RAND
     textures   wildlife: folder in DTD's layout with the paper's twenty pictures; None draws textures
     variance   colored and double-colored: of an image's colour around its class colour, on the [0, 1] scale
     Raises ValueError for an unknown name or split, an agreement outside [0, 1] and for files that are not as they should be.
@@ -199,7 +204,7 @@ def load(name: str, split: str, *, agreement: Optional[float] = None, seed: int 
     return Variant(compose(*parts), *labels)
 
 
-def load_parts(name: str, split: str, *, agreement: Optional[float] = None, seed: int = 0,
+def load_parts(name: str, split: str, *, agreement: Union[float, tuple[float, float], None] = None, seed: int = 0,
                textures: Optional[str | os.PathLike] = None, variance: float = COLOR_VARIANCE,
                root: str | os.PathLike = "data/mnist"
                ) -> tuple[Parts, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -210,8 +215,9 @@ def load_parts(name: str, split: str, *, agreement: Optional[float] = None, seed
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if agreement is None:
         agreement = 1.0 if split == "train" else 0.1
-    if not 0 <= agreement <= 1:
-        raise ValueError(f"agreement is a probability in [0, 1], not {agreement}")
+    of_fore, of_back = agreement if isinstance(agreement, tuple) else (agreement, agreement)
+    if not (0 <= of_fore <= 1 and 0 <= of_back <= 1):
+        raise ValueError(f"agreement is a probability in [0, 1], or two, not {agreement}")
 
     digits, shape = read_mnist(split != "test", root)
     if split != "test":
@@ -220,8 +226,8 @@ def load_parts(name: str, split: str, *, agreement: Optional[float] = None, seed
     mask = F.interpolate(digits[:, None], size=SIZE, mode="nearest")
 
     generator = torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
-    foreground = _other_labels(shape, agreement, generator)
-    background = _other_labels(shape, agreement, generator)
+    foreground = _other_labels(shape, of_fore, generator)
+    background = _other_labels(shape, of_back, generator)
     if name == "colored":
         background = torch.full_like(shape, -1)
         fore = _colors(COLORED[foreground], variance, generator)

@@ -1723,6 +1723,70 @@ classify.main({[str(option) for option in ensemble_options(pictures, tmp_path / 
                         r"\(shape \d+ %, texture \d+ %, background \d+ %\)\n", said.stdout), said
 
 
+@pytest.fixture(scope="module")
+def imagenet_ensemble(tmp_path_factory):
+    """A checkpoint of an ensemble of 1,000 classes whose heads always answer airplane, bear and dog."""
+    path = tmp_path_factory.mktemp("ensemble") / "checkpoint.pt"
+    model = classify.Ensemble(classify.torchvision.models.get_model("shufflenet_v2_x0_5", num_classes=1000))
+    for head, label in zip(model.heads, (404, 294, 152)):
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        head.bias.data[label] = 5.0 + (label == 404)
+    config = {"model": "ensemble", "network": "shufflenet_v2_x0_5", "heads": 3, "names": list(map(str, range(1000))), "side": 32}
+    torch.save({"config": config, "step": 1, "ensemble": model.state_dict()}, path)
+    return path
+
+
+def judged(*arguments):
+    result = script("evaluate.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_each_head_of_an_ensemble_is_judged(imagenet_ensemble, tmp_path):
+    def picture(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(path)
+
+    for name in ("airplane1-bear2", "bear1-airplane3", "dog1-dog2", "dog1-airplane1"):
+        picture(tmp_path / "cue" / "any" / f"{name}.png")
+    out = judged("--ensemble", imagenet_ensemble, "--cue-conflict", tmp_path / "cue", "--out", tmp_path / "r.json")
+    assert "shape: shape bias 33.33 %: of 4 images 1 by shape, 2 by texture" in out
+    held = json.loads((tmp_path / "r.json").read_text())
+    assert held["texture"]["shape_hits"] == held["texture"]["texture_hits"] == 1 and held["background"]["shape_bias"] == 1.0
+    assert held["average"]["shape_bias"] == pytest.approx(1 / 3)                    # the first head is the surest
+
+    for variation, classes in (("original", (0,)), ("mixed_same", (0, 0, 4)), ("mixed_rand", (0, 1, 4, 4))):
+        for number, label in enumerate(classes):
+            picture(tmp_path / "in9" / variation / "val" / f"{label:02d}_{list(evaluate.IMAGENET9)[label]}" / f"{number}.JPEG")
+    out = judged("--ensemble", imagenet_ensemble, "--imagenet9", tmp_path / "in9")
+    assert "| accuracy | mixed_rand | mixed_same | original | BG-Gap |" in out
+    assert "| texture | 50.00 % | 33.33 % | 0.00 % | -16.67 % |" in out            # bears are carnivores
+    assert "| background | 25.00 % | 66.67 % | 100.00 % | 41.67 % |" in out
+
+    for name in range(405):
+        (tmp_path / "val" / f"n{name:03d}").mkdir(parents=True)
+    for name in (404, 404, 294, 0):
+        picture(tmp_path / "val" / f"n{name:03d}" / f"{len(list(tmp_path.rglob('*.png')))}.png")
+    for path in (tmp_path / "val").iterdir():
+        if not any(path.iterdir()):
+            picture(path / "0.png")
+    out = judged("--ensemble", imagenet_ensemble, "--imagenet", tmp_path / "val")
+    assert f"| shape | {100 * 2 / 406:.2f} % |" in out and f"| texture | {100 / 406:.2f} % |" in out
+
+
+def test_predictions_of_any_system_on_imagenet9(tmp_path):
+    (tmp_path / "p.csv").write_text("variation,label,prediction\nmixed_same,0,151\nmixed_same,8,0\nmixed_rand,0,151\nmixed_rand,8,500\n")
+    assert "| predictions | 100.00 % | 50.00 % | 50.00 % |" in judged("--imagenet9", tmp_path / "p.csv")
+    for content, words in (("variation,label\n", "no column prediction"), ("variation,label,prediction\nmixed_same,0,1\n", "mixed_rand"),
+                           ("variation,label,prediction\nmixed_same,9,1\n", "0..8"), ("variation,label,prediction\nmixed_same,x,1\n", "'x'"),
+                           ("variation,label,prediction\nmixed_same,1,1000\n", "0..999")):
+        (tmp_path / "p.csv").write_text(content)
+        one_line(script("evaluate.py", "--imagenet9", tmp_path / "p.csv"), words)
+    one_line(script("evaluate.py", "--imagenet9", tmp_path), "no folder VARIATION")
+    one_line(script("evaluate.py", "--imagenet", tmp_path), str(tmp_path))
+
+
 def test_an_ensemble_draws_its_counterfactuals_from_a_cgn(pictures, imagenet_checkpoint):
     model = cgn.load(imagenet_checkpoint)
     steps = classify.draw_steps(model, 3, 4, 24, seed=1, per_shape=2, share=slice(1, 3))
