@@ -10,8 +10,10 @@ pre-trained network of the paper is a small one, trained in minutes on a CPU:
 
     python miniature.py teacher saliency style classifier     # writes weights/mini-*.pth
     python miniature.py table1                                # the paper's Table 1: one loss off at a time
+    python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap of the ensemble
 """
 import argparse
+import itertools
 import time
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -24,16 +26,17 @@ from torchvision.models.vgg import make_layers
 import biggan
 import cgn
 import classify
+import evaluate
 import mnist_variants
 import u2net
 
 DATASET = "wildlife"
 NOISE = 32
-GENERATOR = ((128, 128), (128, 128), (128, 128), (128, 64), (64, 64), (64, 32))     # channels of BigGAN's blocks
-DISCRIMINATOR = (32, 64, 128)
+GENERATOR = ((256, 256), (256, 256), (256, 256), (256, 128), (128, 128), (128, 32))  # channels of BigGAN's blocks
+DISCRIMINATOR = (32, 96, 192, 256)
 SALIENCY = ((3, 8, 16),) + ((16, 8, 16),) * 5 + ((32, 8, 16),) * 5                  # channels of U-2-Net's stages
 STYLE = (16, 32, 64, 64)                                                            # of VGG16's first four stages
-STEPS = {"teacher": 12_000, "saliency": 2000, "style": 4000, "classifier": 4000}
+STEPS = {"teacher": 8000, "saliency": 2000, "style": 4000, "classifier": 4000}
 
 
 def make_teacher(data: mnist_variants.Variant, steps: int, seed: int, report: Callable) -> dict:
@@ -41,7 +44,7 @@ def make_teacher(data: mnist_variants.Variant, steps: int, seed: int, report: Ca
     torch.manual_seed(seed)
     model = biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE)
     model = biggan.train(model, biggan.Discriminator(DISCRIMINATOR, None, 10), data.images, data.shape, steps=steps, batch=32,
-                         lr=4e-4, seed=seed, report=report)
+                         seed=seed, report=report)
     biggan.measure_statistics(model, seed=seed)
     return model.state_dict()
 
@@ -49,7 +52,7 @@ def make_teacher(data: mnist_variants.Variant, steps: int, seed: int, report: Ca
 def make_saliency(images: torch.Tensor, masks: torch.Tensor, steps: int, seed: int, report: Callable) -> dict:
     """A U-2-Net trained on images (N, 3, 32, 32) and masks (N, 1, 32, 32), uint8; its raw state dict."""
     torch.manual_seed(seed)
-    return u2net.train(u2net.U2Net(SALIENCY), images, masks, steps=steps, seed=seed, report=report).state_dict()
+    return u2net.train(u2net.U2Net(SALIENCY), images, masks, steps=steps, lr=3e-3, seed=seed, report=report).state_dict()
 
 
 def make_style(data: mnist_variants.Variant, steps: int, seed: int, report: Callable) -> dict:
@@ -91,7 +94,7 @@ def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mn
     parts, labels = mnist_variants.load_parts(DATASET, "train", agreement=0.1 if what in ("saliency", "style") else 1.0,
                                               seed=seed, root=mnist)
     data = mnist_variants.Variant(mnist_variants.compose(*parts), *labels)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):   # a cache would keep the first weights
         if what == "teacher":
             state = make_teacher(data, steps, seed, report)
         elif what == "saliency":
@@ -124,10 +127,57 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
     return "\n".join(lines)
 
 
+def train_ensemble(out: Path, real: mnist_variants.Variant, counterfactuals: Optional[mnist_variants.Variant], steps: int,
+                   seed: int) -> classify.Ensemble:
+    """Three heads on real images and counterfactuals, batches of 64 each, or without counterfactuals one head, on real ones."""
+    torch.manual_seed(seed)
+    model = classify.Ensemble(classify.Classifier(), 1 if counterfactuals is None else 3)
+    config = {"steps": steps, "seed": seed, "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": False,
+              "milestones": [steps // 2, 3 * steps // 4], "save_every": 1000}
+
+    def draws(images: torch.Tensor, labels: torch.Tensor) -> Callable:
+        def from_step(first: int):
+            for step in itertools.count(first):
+                chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(images), size=64))
+                yield images[chosen].float() / 255, labels[chosen]
+        return from_step
+
+    fakes = counterfactuals and draws(counterfactuals.images, torch.stack(counterfactuals[1:], dim=1))
+    classify.train_ensemble(config, model, draws(real.images, real.shape), fakes, out)
+    return model.eval()
+
+
+@torch.no_grad()
+def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, mnist: str = "data/mnist") -> str:
+    """Tables 3 and 4 as Markdown, from the CGN in `runs`/mini: accuracies and shape bias on the test split, whose digits no
+    network has seen; labels agree, except where a column says which do not."""
+    model = cgn.load(runs / "mini" / "checkpoint.pt")
+    real = mnist_variants.load(DATASET, "train", seed=seed, root=mnist)
+    sets = {name: mnist_variants.load(DATASET, "test", agreement=agreement, seed=seed, root=mnist) for name, agreement in
+            (("original", 1.0), ("mixed_same", mnist_variants.MIXED_SAME), ("mixed_rand", mnist_variants.MIXED_RAND),
+             ("cue-conflict", mnist_variants.CUE_CONFLICT))}
+    rows = {}
+    for name, counterfactuals in (("real", None), ("real + CGN", cgn.counterfactuals(model, 100_000, seed, per_shape=1))):
+        with torch.enable_grad():
+            ensemble = train_ensemble(runs / f"mini-{name.replace(' ', '')}", real, counterfactuals, steps, seed)
+        scores = {key: torch.cat([ensemble(classify.normalise(part.float() / 255)) for part in data.images.split(500)])
+                  for key, data in sets.items()}
+        for number, head in enumerate(classify.HEADS if counterfactuals else ()):
+            rows[f"{name}/{head}"] = {key: score[:, number].argmax(dim=1) for key, score in scores.items()}
+        rows[name] = {key: score.mean(dim=1).argmax(dim=1) for key, score in scores.items()}
+    lines = ["| trained on | shape bias | original | mixed-same | mixed-rand | BG-Gap |", "|---" * 6 + "|"]
+    for name, found in rows.items():
+        conflict = sets["cue-conflict"]
+        bias = evaluate.shape_bias(*(list(map(str, part.tolist())) for part in (found["cue-conflict"], conflict.shape, conflict.foreground)))
+        top = {key: evaluate.accuracy(found[key], sets[key].shape) for key in ("original", "mixed_same", "mixed_rand")}
+        lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in (bias, *top.values(), evaluate.bg_gap(top))) + " |")
+    return "\n".join(lines)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Make the miniature's weights.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("what", nargs="+", choices=(*STEPS, "table1"), help="networks to train, or a table to make")
+    parser.add_argument("what", nargs="+", choices=(*STEPS, "table1", "tables34"), help="networks to train, or a table to make")
     parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS}, table1 as cgn.py --mini)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
@@ -145,6 +195,9 @@ def main(argv: Optional[list[str]] = None) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         for what in args.what:
+            if what == "tables34":
+                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist))
+                continue
             if what == "table1":
                 print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in
                              ("steps", "threads") if getattr(args, name)] + ["--bf16"] * args.bf16))

@@ -98,6 +98,13 @@ def test_labels_agree_as_often_as_asked_and_the_rest_is_uniform(agreement):
     assert abs(both - agreement ** 2) < 0.005                                       # drawn separately
 
 
+def test_foreground_and_background_may_agree_apart():
+    for agreement, expected in ((mnist_variants.CUE_CONFLICT, (0.0, 0.1)), (mnist_variants.MIXED_RAND, (1.0, 0.1))):
+        data = mnist_variants.load("wildlife", "test", agreement=agreement)
+        found = [(label == data.shape).double().mean().item() for label in (data.foreground, data.background)]
+        assert found == pytest.approx(expected, abs=0.012)
+
+
 def test_train_agrees_and_val_and_test_do_not_by_default():
     for split, expected in (("train", 1.0), ("val", 0.1), ("test", 0.1)):
         data = mnist_variants.load("wildlife", split)
