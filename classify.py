@@ -14,6 +14,7 @@ the shape does. The same CNN is trained on
 
     python classify.py --table --dataset colored --seeds 0 1 2     # trains what is missing, writes runs/table-shape.md
     python classify.py --figure --dataset colored                  # Figure 7 as runs/figure7-colored.png
+    python classify.py --cause --dataset double-colored            # Table 5: which of the three signals is the cause?
 """
 import argparse
 import copy
@@ -45,6 +46,7 @@ import u2net
 
 METHODS = ("original", "irm-2", "irm-5", "lntl", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
 ENVIRONMENTS = {"irm-2": (0.9, 1.0), "irm-5": (0.9, 0.925, 0.95, 0.975, 1.0)}       # agreement of colour and label (C.4)
+CAUSE = (0.9, 0.95, 1.0)                            # agreements of Table 5's environments (H)
 IRM_WEIGHT = 1000.0         # of the penalty at the end; it rises linearly from 0
 LNTL_BINS, LNTL_ENTROPY, LNTL_REVERSAL, LNTL_BATCH = 8, 0.01, 0.1, 128              # Kim et al. (2019), their code
 LABELS = ("shape", "foreground", "background")
@@ -235,12 +237,15 @@ def _real_images(dataset: str, method: str, data: dict) -> mnist_variants.Varian
 
 
 def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count: int, per_shape: int,
-        splits: Sequence[str] = ("train", "val", "test")) -> dict:
+        splits: Sequence[str] = ("train", "val", "test"), label: Optional[str] = None) -> dict:
     """One cell of Table 2: train the generator (if the method has one) and the classifier with `seed`, measure accuracies.
 
-    Returns a row of results; a row that --runs/results.jsonl already holds is not computed again.
+    label: what it learns to read, --label by default. A split such as test@0.9 is an environment whose labels agree in 90 %;
+    there the class label, the shape's, is to be found, whatever was learned. Returns a row of results; a row that
+    --runs/results.jsonl already holds is not computed again.
     """
-    row = {"dataset": dataset, "method": method, "seed": seed, "label": args.label, "steps": args.steps,
+    label = label or args.label
+    row = {"dataset": dataset, "method": method, "seed": seed, "label": label, "steps": args.steps,
            "count": count if "gan" in method or "cgn" in method else 0, "per_shape": per_shape if "cgn" in method else 0,
            "data": ("DTD textures" if args.textures else "drawn textures") if dataset == "wildlife" else f"variance {args.variance}"}
     path = Path(args.runs) / "results.jsonl"
@@ -258,17 +263,18 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
         share = BATCH // len(ENVIRONMENTS[method])
         worlds = [mnist_variants.load(dataset, "train", agreement=agreement, **{**data, "seed": 10 * seed + k})
                   for k, agreement in enumerate(ENVIRONMENTS[method])]
-        classifier = fit([(world.images, getattr(world, args.label), share) for world in worlds], args.steps, seed,
+        classifier = fit([(world.images, getattr(world, label), share) for world in worlds], args.steps, seed,
                          bf16=args.bf16, device=args.device, objective=irm)
     else:
         real = _real_images(dataset, method, data)
         if method == "lntl":
-            classifier = fit_lntl((real.images, getattr(real, args.label), BATCH), args.steps, seed, device=args.device)
+            classifier = fit_lntl((real.images, getattr(real, label), BATCH), args.steps, seed, device=args.device)
         else:
-            classifier = fit(sources(method, real, args.label, generated), args.steps, seed, bf16=args.bf16, device=args.device)
+            classifier = fit(sources(method, real, label, generated), args.steps, seed, bf16=args.bf16, device=args.device)
     for split in splits:
-        held_out = mnist_variants.load(dataset, split, **data)
-        row[split] = evaluate.accuracy(predict(classifier, held_out.images), getattr(held_out, args.label))
+        name, _, agreement = split.partition("@")
+        held_out = mnist_variants.load(dataset, name, agreement=float(agreement) if agreement else None, **data)
+        row[split] = evaluate.accuracy(predict(classifier, held_out.images), held_out.shape if agreement else getattr(held_out, label))
     row["seconds"] = round(time.time() - started)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
@@ -294,6 +300,19 @@ def table(args: argparse.Namespace) -> str:
                 mean, std = evaluate.mean_std([row[split] for row in rows[dataset, method]])
                 cells.append(f"{100 * mean:.1f} ± {100 * std:.1f}")
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table5(args: argparse.Namespace, dataset: str) -> str:
+    """Table 5 (appendix H) as Markdown: which signal is the cause, when nobody says so? Three classifiers, each trained on
+    counterfactuals for another label, look for the class in environments; the one that is equally good in all reads the cause."""
+    lines = ["| agreement | " + " | ".join(f"{label} classifier" for label in LABELS) + " |", "|---" * 4 + "|"]
+    splits = [f"test@{agreement}" for agreement in CAUSE]
+    rows = {label: [run(args, dataset, "cgn", seed, count=args.count, per_shape=args.per_shape, splits=splits, label=label)
+                    for seed in args.seeds] for label in LABELS}
+    for split in splits:
+        found = [evaluate.mean_std([row[split] for row in rows[label]]) for label in LABELS]
+        lines.append(f"| {100 * float(split[5:]):.0f} % | " + " | ".join(f"{100 * mean:.1f} ± {100 * std:.1f}" for mean, std in found) + " |")
     return "\n".join(lines)
 
 
@@ -644,6 +663,8 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="Table 2: every --method on every --dataset (the default)")
     what.add_argument("--figure", action="store_true", help="Figure 7: accuracy against the number of counterfactuals")
+    what.add_argument("--cause", action="store_true", help="Table 5: which signal is the cause, found in environments (double-colored "
+                      "in the paper)")
     parser.add_argument("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), default=list(mnist_variants.NAMES),
                         help="imagenet: the ensemble of three heads, see below (default: the MNIST variants)")
     parser.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
@@ -721,16 +742,20 @@ def main(argv: Optional[list[str]] = None) -> None:
 
 
 def _write(args: argparse.Namespace) -> None:
+    if args.cause and "colored" in args.dataset:
+        raise ValueError("--dataset colored has no background label: --cause needs double-colored or wildlife")
     if args.figure:
         for dataset in args.dataset:
             path = Path(args.runs) / f"figure7-{dataset}.png"
             figure7(args, dataset, path)
             print(f"wrote {path}")
+        return
+    if args.cause:
+        path, text = Path(args.runs) / "table5.md", "\n\n".join(f"{name}\n\n{table5(args, name)}" for name in args.dataset)
     else:
-        text = table(args)
-        path = Path(args.runs) / f"table-{args.label}.md"
-        mnist_variants.write_file(path, (text + "\n").encode())
-        print(f"\n{text}\n\nwrote {path}")
+        path, text = Path(args.runs) / f"table-{args.label}.md", table(args)
+    mnist_variants.write_file(path, (text + "\n").encode())
+    print(f"\n{text}\n\nwrote {path}")
 
 
 if __name__ == "__main__":

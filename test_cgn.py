@@ -568,6 +568,28 @@ def test_the_figure_runs_end_to_end():
     assert result.stdout.count("colored, original+cgn, seed 0") == 5
 
 
+def test_the_cause_is_looked_for_in_environments(tmp_path, monkeypatch):
+    """A classifier that reads the foreground is right where the foreground agrees with the class: as often as it does."""
+    monkeypatch.setattr(classify, "fit", lambda sources, *arguments, **options: sources[0][1])
+    monkeypatch.setattr(classify, "train_generator", lambda *arguments: None)
+    monkeypatch.setattr(classify, "generate", lambda *arguments: mnist_variants.Variant(*("images", *classify.LABELS)))
+    worlds = {}
+
+    def load(name, split, *, agreement=None, load=mnist_variants.load, **options):
+        world = load(name, split, agreement=agreement, **options)
+        worlds[id(world.images)] = world
+        return world
+
+    monkeypatch.setattr(mnist_variants, "load", load)
+    monkeypatch.setattr(classify, "predict", lambda label, images: getattr(worlds[id(images)], label))
+    args = classify.build_parser().parse_args(["--cause", "--dataset", "double-colored", "--seeds", "0", "--runs", str(tmp_path)])
+    rows = [[float(cell.split(" ±")[0]) for cell in line.split("| ")[2:]] for line in classify.table5(args, "double-colored").splitlines()[2:]]
+    assert [row[0] for row in rows] == [100, 100, 100]
+    for row, agreement in zip(rows, (90, 95, 100)):
+        assert row[1:] == pytest.approx([agreement, agreement], abs=1)
+    one_line(script("classify.py", "--cause", "--dataset", "colored", "--runs", tmp_path), "no background label")
+
+
 def test_curves_are_drawn_with_name_and_scale(tmp_path):
     classify.save_curves(tmp_path / "c.png", {"a": [(10, 50.0), (1000, 90.0)], "b": [(10, 60.0), (1000, 80.0)]}, "title")
     pixels = np.array(Image.open(tmp_path / "c.png")).reshape(-1, 3)
