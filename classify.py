@@ -14,6 +14,7 @@ the shape does. The same CNN is trained on
 
     python classify.py --table --dataset colored --seeds 0 1 2     # trains what is missing, writes runs/table-shape.md
     python classify.py --figure --dataset colored                  # Figure 7 as runs/figure7-colored.png
+    python classify.py --latents --dataset colored --steps 5000    # Figure 6: a beta-VAE finds neither colour nor shape
     python classify.py --cause --dataset double-colored            # Table 5: which of the three signals is the cause?
 """
 import argparse
@@ -327,6 +328,56 @@ def figure7(args: argparse.Namespace, dataset: str, path: Path) -> None:
                 for count in counts]
         curves[f"{per_shape} per shape"] = [(row["count"], 100 * row["test"]) for row in rows]
     save_curves(path, curves, f"{dataset}: test accuracy [%] against counterfactual images")
+
+
+class VAE(nn.Module):
+    """A beta-VAE (Higgins et al., 2017) of images (N, 3, 32, 32) in [-1, 1] with few latent variables, for Figure 6."""
+
+    def __init__(self, latents: int = 2, width: int = 32):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 2 * latents))
+        self.decoder = nn.Sequential(
+            nn.Linear(latents, 64 * width), nn.ReLU(), nn.Unflatten(1, (4 * width, 4, 4)),
+            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+
+    def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """noise (N, latents) -> reconstruction like x, mean and logarithm of the variance (N, latents)."""
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
+
+
+def vae_loss(x: torch.Tensor, made: torch.Tensor, mean: torch.Tensor, log_variance: torch.Tensor, beta: float) -> torch.Tensor:
+    """Half the squared error of an image, plus beta times the divergence of its latents from N(0, 1); mean over images."""
+    error = (x - made).square().flatten(1).sum(dim=1) / 2
+    divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1) / 2
+    return (error + beta * divergence).mean()
+
+
+def figure6(data: mnist_variants.Variant, path: Path, steps: int, seed: int = 0, beta: float = 4.0, side: int = 10) -> None:
+    """Figure 6 (A.1) as a PNG: training images, and what a beta-VAE of two latents makes of a grid of them, -2 .. 2. Along each
+    axis colour and digit change together, as the data never show them apart."""
+    torch.manual_seed(seed)
+    model = VAE().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    for step in range(steps):
+        generator = cgn.rng(seed, step)
+        x = cgn.to_float(data.images[torch.from_numpy(generator.integers(len(data.images), size=BATCH))])
+        noise = torch.from_numpy(generator.standard_normal((BATCH, 2), dtype=np.float32))
+        loss = vae_loss(x, *model(x, noise), beta)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 500 == 0:
+            print(f"beta-VAE: step {step + 1}/{steps}, loss {loss.item():.1f}", flush=True)
+    axis = torch.linspace(-2, 2, side)
+    with torch.no_grad():
+        made = cgn.to_uint8(model.decoder(torch.cartesian_prod(axis, axis))).unflatten(0, (side, side))
+    examples = torch.stack([data.images[data.shape == digit][:side // 2] for digit in range(side)])
+    mnist_variants.save_sheet(path, torch.cat([examples, made], dim=1), [f"z1 = {value:.1f}" for value in axis.tolist()],
+                              ["data"] * (side // 2) + [f"z2 = {value:.1f}" for value in axis.tolist()])
 
 
 def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title: str) -> None:
@@ -663,6 +714,7 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="Table 2: every --method on every --dataset (the default)")
     what.add_argument("--figure", action="store_true", help="Figure 7: accuracy against the number of counterfactuals")
+    what.add_argument("--latents", action="store_true", help="Figure 6: what the two latents of a beta-VAE are (on colored in the paper)")
     what.add_argument("--cause", action="store_true", help="Table 5: which signal is the cause, found in environments (double-colored "
                       "in the paper)")
     parser.add_argument("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), default=list(mnist_variants.NAMES),
@@ -744,6 +796,14 @@ def main(argv: Optional[list[str]] = None) -> None:
 def _write(args: argparse.Namespace) -> None:
     if args.cause and "colored" in args.dataset:
         raise ValueError("--dataset colored has no background label: --cause needs double-colored or wildlife")
+    if args.latents:
+        for dataset in args.dataset:
+            path = Path(args.runs) / f"figure6-{dataset}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = mnist_variants.load(dataset, "train", textures=args.textures, variance=args.variance, root=args.mnist, seed=args.seeds[0])
+            figure6(data, path, args.steps, args.seeds[0])
+            print(f"wrote {path}")
+        return
     if args.figure:
         for dataset in args.dataset:
             path = Path(args.runs) / f"figure7-{dataset}.png"

@@ -590,6 +590,20 @@ def test_the_cause_is_looked_for_in_environments(tmp_path, monkeypatch):
     one_line(script("classify.py", "--cause", "--dataset", "colored", "--runs", tmp_path), "no background label")
 
 
+def test_the_vae_loss_by_hand_and_its_picture(tmp_path):
+    x, made = torch.ones(1, 3, 1, 1), torch.tensor([0.0, 1.0, -1.0]).view(1, 3, 1, 1)
+    mean, log_variance = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, np.log(2.0)]])
+    expected = (1 + 0 + 4) / 2 + 3 * (1 + (2 - 1 - np.log(2))) / 2
+    assert classify.vae_loss(x, made, mean, log_variance, 3.0).item() == pytest.approx(expected)
+    model, noise = classify.VAE(), torch.tensor([[1.0, -1.0]])
+    x = torch.zeros(1, 3, 32, 32)
+    made, mean, log_variance = model(x, noise)
+    assert made.shape == x.shape and torch.allclose(made, model.decoder(mean + noise * (log_variance / 2).exp()))
+    result = script("classify.py", "--latents", "--dataset", "colored", "--steps", 2, "--runs", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "figure6-colored.png").size[1] == 18 + 10 * 66
+
+
 def test_curves_are_drawn_with_name_and_scale(tmp_path):
     classify.save_curves(tmp_path / "c.png", {"a": [(10, 50.0), (1000, 90.0)], "b": [(10, 60.0), (1000, 80.0)]}, "title")
     pixels = np.array(Image.open(tmp_path / "c.png")).reshape(-1, 3)
