@@ -1,22 +1,28 @@
-"""Counterfactual Generative Networks (Sauer & Geiger, ICLR 2021) on the MNIST variants.
+"""Counterfactual Generative Networks (Sauer & Geiger, ICLR 2021), on MNIST variants and on ImageNet.
 
 An image is made by independent mechanisms, each with its own noise u and its own class label y, and a fixed composer
 (equation 2; appendix B):
 
     m = f_shape(y_1, u_1)     f = f_text(y_2, u_2)     b = f_bg(y_3, u_3)     x_gen = m * f + (1 - m) * b
 
-Trained with one label for all three, against real images only (section 3.1: adversarial loss, nothing pre-trained); sampled
-with a label for each, it draws images that no data set holds, and classifiers learn from them which part is which.
+Trained with one label for all three; sampled with a label for each, it draws images that no data set holds, and classifiers
+learn from them which part is which. Two models, called alike:
+
+    MnistCGN     small networks trained adversarially on real images, nothing pre-trained (3.1)
+    ImagenetCGN  three BigGAN-deep generators, the shape's behind a U-2-Net, that take the images of a frozen BigGAN
+                 apart: no real image is needed (equation 4). --mini: the same of ten digits, with networks that are here
 
     python cgn.py --dataset colored                                        # train; sheets and checkpoint in runs/colored
+    python cgn.py --dataset imagenet --device cuda                         # the paper's run
     python cgn.py --checkpoint runs/colored/checkpoint.pt --counterfactuals 100000 --out colored-counterfactuals.pt
 
-Glossary (N images, C classes, Z noise dimensions):
-    u        noise                      (N, Z)          standard normal
+Glossary (N images, C classes, Z noise dimensions, R pixels: 32, or 256 on ImageNet):
+    u        noise                      (N, Z)          standard normal; on ImageNet cut at -2 and 2
     y        label or class weights     (N,) / (N, C)   long in 0..C-1 / float
-    m        mask                       (N, 1, 32, 32)  0 background .. 1 object
-    f, b     foreground, background     (N, 3, 32, 32)  -1 .. 1
-    x, x_gen real, composite image      (N, 3, 32, 32)  -1 .. 1
+    m        mask                       (N, 1, R, R)    0 background .. 1 object
+    f, b     foreground, background     (N, 3, R, R)    -1 .. 1
+    x, x_gen real, composite image      (N, 3, R, R)    -1 .. 1
+    x_gt     the frozen BigGAN's image  (N, 3, R, R)    -1 .. 1
 """
 import argparse
 import io
@@ -929,8 +935,13 @@ def outputs(model: ImagenetCGN, label: int, seed: int = 0, columns: int = 6, tru
     for index in range(columns):
         u = draw_truncated(rng(seed, index), 1, model.noise, truncation).to(next(model.parameters()).device)
         sample = model(u, torch.tensor([label], device=u.device), truncation)
-        result.append(torch.cat([sample.pre_mask, (sample.mask * 2 - 1).expand(-1, 3, -1, -1), *sample[1:4]]))
+        result.append(_steps_of(sample))
     return to_uint8(torch.stack(result, 1)).cpu()
+
+
+def _steps_of(sample: Sample) -> torch.Tensor:
+    """Pre-mask, m, f, b and x_gen of one draw, (5, 3, R, R)."""
+    return torch.cat([sample.pre_mask, (sample.mask * 2 - 1).expand(-1, 3, -1, -1), *sample[1:4]])
 
 
 @torch.no_grad()
@@ -955,9 +966,7 @@ def save_imagenet_sheet(model: ImagenetCGN, teacher: biggan.BigGAN, names: list[
     for label in shown:
         u = draw_truncated(rng(seed, int(label)), 1, model.noise, SHEET_TRUNCATION).to(device)
         y = label[None].to(device)
-        sample = model(u, y, SHEET_TRUNCATION)
-        rows.append(torch.cat([sample.pre_mask, (sample.mask * 2 - 1).expand(-1, 3, -1, -1), sample.foreground, sample.background,
-                               sample.image, teacher(u, y, SHEET_TRUNCATION)]))
+        rows.append(torch.cat([_steps_of(model(u, y, SHEET_TRUNCATION)), teacher(u, y, SHEET_TRUNCATION)]))
     mnist_variants.save_sheet(path, to_uint8(torch.stack(rows)).cpu(), [names[label] for label in shown],
                               ["pre-mask", "m", "f", "b", "x_gen", "x_gt"], scale=max(1, 64 // model.resolution))
 

@@ -1,4 +1,4 @@
-"""Classifiers that do not take the easy way: Table 2 and Figure 7 of Counterfactual Generative Networks (ICLR 2021).
+"""Classifiers that do not take the easy way (Counterfactual Generative Networks, ICLR 2021): Table 2, and ImageNet's ensemble.
 
 On the training split of an MNIST variant shape, foreground and background all give the label away; on the test split only
 the shape does. The same CNN is trained on
@@ -16,6 +16,12 @@ the shape does. The same CNN is trained on
     python classify.py --figure --dataset colored                  # Figure 7 as runs/figure7-colored.png
     python classify.py --latents --dataset colored --steps 5000    # Figure 6: a beta-VAE finds neither colour nor shape
     python classify.py --cause --dataset double-colored            # Table 5: which of the three signals is the cause?
+
+On ImageNet a ResNet-50 has a head each for shape, texture and background, which learn from counterfactual images, and
+together from real ones (4.3, C.4):
+
+    python classify.py --dataset imagenet --real path/to/train --counterfactuals path/to/counterfactuals
+    python classify.py --checkpoint runs/ensemble/checkpoint.pt --say photo.jpg          # Figure 1's sentence
 """
 import argparse
 import copy
