@@ -101,7 +101,7 @@ class Conv(Normed):
         weight, bias = self.weight()[:rows], None if self.bias is None else self.bias[:rows]
         if self.padding == 0:
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-        if self.double and x.shape[2] * x.shape[3] > 32 * 32:
+        if self.double and x.shape[2] * x.shape[3] > 32 * 32:           # below, making the kernel costs more than it saves
             return F.conv_transpose2d(x, doubling_kernel(weight), bias, stride=2, padding=1)
         return F.conv2d(F.interpolate(x, scale_factor=2.0) if self.double else x, weight, bias, padding=self.padding)
 

@@ -10,7 +10,7 @@ learn from them which part is which. Two models, called alike:
 
     MnistCGN     small networks trained adversarially on real images, nothing pre-trained (3.1)
     ImagenetCGN  three BigGAN-deep generators, the shape's behind a U-2-Net, that take the images of a frozen BigGAN
-                 apart: no real image is needed (equation 4). --mini: the same of ten digits, with networks that are here
+                 apart: no real image is needed (equation 4). --mini: the same of ten digits, see miniature.py
 
     python cgn.py --dataset colored                                        # train; sheets and checkpoint in runs/colored
     python cgn.py --dataset imagenet --device cuda                         # the paper's run
@@ -468,7 +468,7 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
     parts = {"model": model, "average": average, "discriminator": discriminator,
              **{f"optimizer{i}": part for i, part in enumerate(optimizers)},
              **{f"schedule{i}": part for i, part in enumerate(schedules)}}
-    first = _continue(out, config, parts)
+    first = continue_run(out, config, parts)
     color = mean_color(images, labels, model.classes).to(device)
     border = mean_color(images, labels, model.classes, config["margin"]).to(device) if config["margin"] else None
     batch, started = config["batch"], time.time()
@@ -526,13 +526,13 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
             if not all(np.isfinite(value) for value in row.values()):
                 raise ValueError(f"step {done}: not finite: {row}; the last checkpoint is kept: try a smaller --lr")
             rate = (done - first) / (time.time() - started)
-            _log(out, {**row, "steps_per_second": round(rate, 2)})
+            log_row(out, {**row, "steps_per_second": round(rate, 2)})
             if sys.stdout.isatty():
                 print(f"\rstep {done}/{config['steps']}  {rate:.1f} steps/s  {(config['steps'] - done) / rate / 60:.1f} min "
                       f"left  discriminator {row['discriminator']:.2f}  mask mean {row['mask_mean']:.2f} ", end="", flush=True)
         if done % config["sheet_every"] == 0 or done == config["steps"]:
             save_training_sheet(average, config["names"], out / f"sheet-{done:06d}.png", config["seed"])
-            _save(out / "checkpoint.pt", {"config": config, "step": done,
+            save_state(out / "checkpoint.pt", {"config": config, "step": done,
                                           **{name: part.state_dict() for name, part in parts.items()}})
             print(f"{chr(13) if sys.stdout.isatty() else ''}step {done}: {time.time() - started:.0f} s, "
                   f"{out / f'sheet-{done:06d}.png'}")
@@ -544,7 +544,8 @@ def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: tor
     """The unweighted terms of equation 4 that are asked for, by name: scalars, means over images.
 
     m, f, b: what the mechanisms made; x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and y; draws (N, 36):
-    see `patch_grid`; relative: see `relative_patch`. One term is computed when the one before has been used, so that two graphs never need memory at once.
+    see `patch_grid`; relative: see `relative_patch`. One term is computed when the one before has been used, so that two graphs
+    never need memory at once.
     """
     m, f, b = (_at_least_float(part) for part in (m, f, b))
 
@@ -631,7 +632,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     parts = {**mechanisms, "optimizer": optimizer}
     for turn in (0, 1):                                                             # rank 0 first: it alone writes
         if (rank > 0) == turn:
-            first = _continue(out, config, parts, write=rank == 0)
+            first = continue_run(out, config, parts, write=rank == 0)
         if ranks > 1:
             distributed.barrier()
     share = config["accumulate"] // ranks
@@ -675,7 +676,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
             continue
         done = step + 1
         rate = (done - first) / (time.time() - started)
-        _log(out, {**row, "updates_per_second": float(f"{rate:.3g}")})
+        log_row(out, {**row, "updates_per_second": float(f"{rate:.3g}")})
         if not 0.1 <= row["mask_mean"] <= 0.9:
             print(f"update {done}: masks collapse, their mean is {row['mask_mean']:.3f} (appendix G: 0.1 .. 0.9)")
         if sys.stdout.isatty():
@@ -684,12 +685,12 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
         if done % config["sheet_every"] == 0 or done == config["steps"]:
             path = out / f"sheet-{done:06d}.png"
             save_imagenet_sheet(model, teacher, config["names"], path, config["seed"])
-            _save(out / "checkpoint.pt", {"config": config, "step": done,
+            save_state(out / "checkpoint.pt", {"config": config, "step": done,
                                           **{name: part.state_dict() for name, part in parts.items()}})
             print(f"{chr(13) if sys.stdout.isatty() else ''}update {done}: {time.time() - started:.0f} s, {path}")
             if classifier is not None:
                 score = inception_score(model, classifier, config["scored"], config["truncation"], config["seed"], config["batch"])
-                _log(out, {"step": done, "inception_score": score})
+                log_row(out, {"step": done, "inception_score": score})
                 print(f"update {done}: Inception Score {score:.2f} of {config['scored']} images")
 
 
@@ -700,7 +701,7 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
                 old.lerp_(new, 1 - decay)
 
 
-def _continue(out: Path, config: dict, parts: dict, write: bool = True) -> int:
+def continue_run(out: Path, config: dict, parts: dict, write: bool = True) -> int:
     """Load the checkpoint in `out`, if there is one, into `parts`; cut the log back to it (`write`); return its step."""
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "checkpoint.pt", out / "log.jsonl"
@@ -724,12 +725,14 @@ def _continue(out: Path, config: dict, parts: dict, write: bool = True) -> int:
     return state["step"]
 
 
-def _log(out: Path, row: dict) -> None:
+def log_row(out: Path, row: dict) -> None:
+    """Append a line of JSON to the log in `out`."""
     with open(out / "log.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def _save(path: Path, state: dict) -> None:
+def save_state(path: Path, state: dict) -> None:
+    """torch.save, atomically. Raises OSError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     mnist_variants.write_file(path, buffer.getvalue())
@@ -1080,7 +1083,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     imagenet = parser.add_argument_group("ImageNet (section 3, C.3)")
     imagenet.add_argument("--mini", action="store_true", help="ten digits of 32 x 32 pixels for the thousand classes: the same "
-                          "training in minutes, with weights that are here")
+                          "training in minutes, with the networks of miniature.py")
 
     def default(name: str) -> str:
         return f"(default: {PAPER[name]}; --mini: {MINI[name]})"
@@ -1180,7 +1183,7 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
               "--counterfactuals 100000")
 
 
-def _join_group(args: argparse.Namespace) -> None:
+def join_group(args: argparse.Namespace) -> None:
     """Join the other processes where torchrun has started this one, each with a GPU of its own."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if args.device == "cuda":
@@ -1190,7 +1193,7 @@ def _join_group(args: argparse.Namespace) -> None:
 
 
 def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
-    _join_group(args)
+    join_group(args)
     device, schedule = args.device, MINI if args.mini else PAPER
     for name, value in schedule.items():
         if getattr(args, name, value) is None:
@@ -1205,7 +1208,8 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
             teacher, saliency = biggan.find_weights(WEIGHTS / args.teacher), u2net.find_weights(WEIGHTS / args.saliency)
             style = torch.load(biggan.find_weights(WEIGHTS / args.style), map_location="cpu", weights_only=True, mmap=True)
         except ValueError as error:
-            raise ValueError(f"{error}{'' if args.mini else '. The same in miniature, with weights that are here: --mini'}") from None
+            raise ValueError(f"{error}. {'The' if args.mini else 'In miniature: --mini, whose'} networks are made by python "
+                             "miniature.py teacher saliency style classifier") from None
     model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency)).to(device)
     names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
     config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
@@ -1235,10 +1239,10 @@ def random_networks(classes: int = 10, width: int = 16) -> tuple[dict, dict, dic
 def _sample_main(args: argparse.Namespace) -> None:
     if args.export:
         out = Path(args.out or "cgn.pth")
-        _save(out, export(args.checkpoint, biggan.find_weights(args.teacher or WEIGHTS / PAPER["teacher"])))
+        save_state(out, export(args.checkpoint, biggan.find_weights(args.teacher or WEIGHTS / PAPER["teacher"])))
         print(f"wrote {out}")
         return
-    _join_group(args)
+    join_group(args)
     model = load(args.checkpoint).to(args.device)
     imagenet, truncation = isinstance(model, ImagenetCGN), 1.0 if args.truncation is None else args.truncation
     if args.interpolate:
@@ -1255,7 +1259,7 @@ def _sample_main(args: argparse.Namespace) -> None:
     elif args.counterfactuals is not None:
         out = Path(args.out or "counterfactuals.pt")
         data = counterfactuals(model, args.counterfactuals, args.seed, args.per_shape)
-        _save(out, {**data._asdict(), "names": model.config["names"], "seed": args.seed, "per_shape": args.per_shape})
+        save_state(out, {**data._asdict(), "names": model.config["names"], "seed": args.seed, "per_shape": args.per_shape})
     elif (args.triples or args.outputs) and imagenet:
         truncation = SHEET_TRUNCATION if args.truncation is None else args.truncation
         scale = max(1, 64 // model.resolution)

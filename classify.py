@@ -58,7 +58,6 @@ IRM_WEIGHT = 1000.0         # of the penalty at the end; it rises linearly from 
 LNTL_BINS, LNTL_ENTROPY, LNTL_REVERSAL, LNTL_BATCH = 8, 0.01, 0.1, 128              # Kim et al. (2019), their code
 LABELS = ("shape", "foreground", "background")
 WEIGHTS = "resnet50-0676ba61.pth"
-HEADS = ("shape", "texture", "background")                                          # of the ensemble
 BATCH = 64
 EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
 # Real images in a batch of 64 when counterfactuals are the others. At half, the classifier learns to tell real from
@@ -478,7 +477,8 @@ class Batches(torch.utils.data.Dataset):
         return torch.stack(images).float() / 255, torch.tensor(labels)
 
     def _open(self, index: int) -> tuple[torch.Tensor, Sequence[int]]:
-        for path, labels in [*self.files[index:], *self.files[:index]]:
+        for offset in range(len(self.files)):
+            path, labels = self.files[(index + offset) % len(self.files)]
             try:
                 return read_picture(path), labels
             except ValueError:
@@ -556,7 +556,7 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
     parts = {"ensemble": model, "optimizer": optimizer}
     for turn in (0, 1):                                                             # rank 0 first: it alone writes
         if (rank > 0) == turn:
-            first = cgn._continue(out, config, parts, write=rank == 0)
+            first = cgn.continue_run(out, config, parts, write=rank == 0)
         if distributed.is_initialized():
             distributed.barrier()
     network = nn.parallel.DistributedDataParallel(model) if distributed.is_initialized() else model
@@ -569,7 +569,7 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
         for group in optimizer.param_groups:
             group["lr"] = config["lr"] * config["decay"] ** sum(step >= milestone for milestone in config["milestones"])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
-            scores = network(normalise(torch.cat([x, x_cf])))
+            scores = network(u2net.normalise(torch.cat([x, x_cf])))
         loss = ensemble_loss(scores[:len(x)].float(), y.flatten(), scores[len(x):].float(), labels[:, :scores.shape[1]])
         optimizer.zero_grad()
         loss.backward()
@@ -583,8 +583,8 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
         done = step + 1
         if rank == 0 and (done % config["save_every"] == 0 or done == config["steps"]):
             rate = (done - first) / (time.time() - started)
-            cgn._log(out, {"step": done, "loss": mean.item(), "steps_per_second": float(f"{rate:.3g}")})
-            cgn._save(out / "checkpoint.pt", {"config": config, "step": done, **{name: part.state_dict() for name, part in parts.items()}})
+            cgn.log_row(out, {"step": done, "loss": mean.item(), "steps_per_second": float(f"{rate:.3g}")})
+            cgn.save_state(out / "checkpoint.pt", {"config": config, "step": done, **{name: part.state_dict() for name, part in parts.items()}})
             print(f"step {done}/{config['steps']}: loss {mean.item():.3f}, {(config['steps'] - done) / rate / 3600:.1f} h left", flush=True)
 
 
@@ -604,11 +604,6 @@ def draw_steps(model: nn.Module, first: int, batch: int, side: int, seed: int, p
     for step in itertools.count(first):
         sample, labels = cgn.counterfactual_batch(model, seed, range(step * batch, (step + 1) * batch)[share], per_shape)
         yield F.interpolate((sample.image + 1) / 2, (side, side), mode="bilinear", antialias=True).cpu(), labels.T
-
-
-def normalise(x: torch.Tensor) -> torch.Tensor:
-    """x (N, 3, H, W) in [0, 1] -> with ImageNet's mean and deviation."""
-    return F_image.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def load_ensemble(path: Union[str, os.PathLike]) -> Ensemble:
@@ -631,7 +626,7 @@ def score(model: Ensemble, paths: Sequence[str], workers: int = 4) -> torch.Tens
         raise ValueError("there are no pictures to judge")
     loader = torch.utils.data.DataLoader(Middles(paths, model.config["side"]), batch_size=50, num_workers=workers)
     try:
-        return torch.cat([model(normalise(x)) for x in loader])
+        return torch.cat([model(u2net.normalise(x)) for x in loader])
     except (RuntimeError, ValueError) as error:
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
@@ -639,18 +634,21 @@ def score(model: Ensemble, paths: Sequence[str], workers: int = 4) -> torch.Tens
 def sentence(model: Ensemble, x: torch.Tensor, names: Sequence[str]) -> str:
     """Figure 1's sentence about x (1, 3, H, W) in [0, 1], with each head's confidence."""
     with torch.no_grad():
-        found = model.eval()(normalise(x))[0].softmax(dim=1).max(dim=1)
-    said = [f"{names[index]}" for index in found.indices.tolist()]
-    article = "an" if said[0][0].lower() in "aeiou" else "a"
-    return (f"{article} {said[0]} shape with {said[1]} texture on a {said[2]} background ("
-            + ", ".join(f"{name} {100 * p:.0f} %" for name, p in zip(HEADS, found.values.tolist())) + ")")
+        found = model.eval()(u2net.normalise(x))[0].softmax(dim=1).max(dim=1)
+    shape, texture, background = (names[index] for index in found.indices.tolist())
+
+    def a(noun: str) -> str:
+        return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+    return (f"{a(shape)} shape with {texture} texture on {a(background)} background ("
+            + ", ".join(f"{name} {100 * p:.0f} %" for name, p in zip(cgn.MECHANISMS, found.values.tolist())) + ")")
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
 def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
     """Train the ensemble on folders, as --real and --counterfactuals or --cgn say."""
-    cgn._join_group(args)
+    cgn.join_group(args)
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if not args.real:
         raise ValueError("--dataset imagenet needs --real FOLDER, with one subfolder a class")

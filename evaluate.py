@@ -282,14 +282,23 @@ def _predictions_main(args: argparse.Namespace) -> dict:
     return {"accuracy": accuracy(predictions, labels), "samples": len(labels), "confusion": counts.tolist()}
 
 
-def _judge(args: argparse.Namespace, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-    """ImageNet probabilities (N, C) of pictures, by head and by the average of the heads, from --ensemble."""
+def _load_ensemble(args: argparse.Namespace, least: int):
+    """The model of --ensemble, which must know as many classes as the data set, or more."""
     import classify
     if not args.ensemble:
         raise ValueError("a folder of images needs --ensemble, the checkpoint that judges them")
     model = classify.load_ensemble(args.ensemble)
+    if len(model.config["names"]) < least:
+        raise ValueError(f"{args.ensemble} knows {len(model.config['names'])} classes: {least} are needed")
+    return model
+
+
+def _judge(model, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Probabilities (N, C) of pictures, by head and by the average of the heads."""
+    import cgn
+    import classify
     scores = classify.score(model, paths)                                           # (N, heads, C)
-    heads = dict(zip(classify.HEADS, scores.unbind(1))) if scores.shape[1] == 3 else {}
+    heads = dict(zip(cgn.MECHANISMS, scores.unbind(1))) if scores.shape[1] == 3 else {}
     return {name: part.softmax(dim=1) for name, part in {**heads, "average": scores.mean(dim=1)}.items()}
 
 
@@ -303,7 +312,8 @@ def _print_table(first: str, rows: dict[str, dict[str, float]]) -> None:
 def _cue_conflict_main(args: argparse.Namespace) -> dict:
     if Path(args.cue_conflict).is_dir():
         files = sorted(map(str, Path(args.cue_conflict).rglob("*.png")))
-        judged = {name: _decide(probabilities, args.ensemble) for name, probabilities in _judge(args, files).items()}
+        judged = {name: cue_conflict_decisions(probabilities) for name, probabilities in
+                  _judge(_load_ensemble(args, 1000), files).items()}
     else:
         files, decisions = zip(*read_rows(args.cue_conflict, ("file", "imagename"), ("decision", "object_response")))
         unknown = sorted(set(decisions) - CUE_CONFLICT.keys())
@@ -319,20 +329,14 @@ def _cue_conflict_main(args: argparse.Namespace) -> dict:
     return result if len(result) > 1 else result[name]
 
 
-def _decide(probabilities: torch.Tensor, ensemble: str) -> list[str]:
-    if probabilities.shape[1] != 1000:
-        raise ValueError(f"{ensemble} knows {probabilities.shape[1]} classes: ImageNet's 1,000 are needed")
-    return cue_conflict_decisions(probabilities)
-
-
 def _imagenet9_main(args: argparse.Namespace) -> dict:
     found = {}                                              # variation: labels, {head: predictions}
     if Path(args.imagenet9).is_dir():
-        for folder in sorted(Path(args.imagenet9).glob("*/val")):
+        folders = sorted(Path(args.imagenet9).glob("*/val"))
+        model = _load_ensemble(args, 1000) if folders else None
+        for folder in folders:
             files = sorted(path for path in folder.glob("0[0-8]_*/*") if path.is_file())
-            judged = _judge(args, list(map(str, files)))
-            if judged["average"].shape[1] != 1000:
-                raise ValueError(f"{args.ensemble} knows {judged['average'].shape[1]} classes: ImageNet's 1,000 are needed")
+            judged = _judge(model, list(map(str, files)))
             labels = torch.tensor([int(path.parent.name[:2]) for path in files])
             found[folder.parent.name] = labels, {name: p.argmax(dim=1) for name, p in judged.items()}
     else:
@@ -362,9 +366,7 @@ def _imagenet_main(args: argparse.Namespace) -> dict:
     import classify
     files, labels = zip(*classify.labelled_files(args.imagenet))
     labels = torch.tensor(labels)[:, 0]
-    judged = _judge(args, files)
-    if int(labels.max()) >= judged["average"].shape[1]:
-        raise ValueError(f"{args.imagenet} has {int(labels.max()) + 1} classes, {args.ensemble} knows {judged['average'].shape[1]}")
+    judged = _judge(_load_ensemble(args, int(labels.max()) + 1), files)
     result = {name: {"top-1": accuracy(p.argmax(dim=1), labels), "top-5": top_k_accuracy(p, labels, min(5, p.shape[1]))}
               for name, p in judged.items()}
     _print_table("accuracy", result)
