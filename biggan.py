@@ -19,8 +19,10 @@ Glossary (N images, C channels, K classes, R pixels):
 import argparse
 import contextlib
 import hashlib
+import importlib.util
 import os
 import pickle
+import runpy
 import tempfile
 import zipfile
 from pathlib import Path
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 ROWS = 51           # of stored statistics: truncation 0, 0.02, .. 1
+ALL = slice(None)
 EPSILON = 1e-4      # inside every normalisation, and in spectral norms
 FLOATS = (torch.half, torch.bfloat16, torch.float, torch.double)
 WEIGHTS = "biggan-deep-256-pytorch_model.bin"
@@ -96,9 +99,9 @@ class Conv(Normed):
         super().__init__(o, i, k, k, bias=bias)
         self.padding, self.double = k // 2, double
 
-    def forward(self, x: torch.Tensor, rows: Optional[int] = None) -> torch.Tensor:
-        """x (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W); of the o channels only the first `rows`, if given."""
-        weight, bias = self.weight()[:rows], None if self.bias is None else self.bias[:rows]
+    def forward(self, x: torch.Tensor, channels: slice = ALL) -> torch.Tensor:
+        """x (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W); of the o channels only those."""
+        weight, bias = self.weight()[channels], None if self.bias is None else self.bias[channels]
         if self.padding == 0:
             return F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
         if self.double and x.shape[2] * x.shape[3] > 32 * 32:           # below, making the kernel costs more than it saves
@@ -127,16 +130,16 @@ class BatchNorm(nn.Module):
         else:
             self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: torch.Tensor, condition: Optional[torch.Tensor], truncation: Optional[float], keep: bool = False
-                ) -> torch.Tensor:
-        """Writes over x where no gradient needs it, unless told to keep it."""
+    def forward(self, x: torch.Tensor, condition: Optional[torch.Tensor], truncation: Optional[float], keep: bool = False,
+                channels: slice = ALL) -> torch.Tensor:
+        """x holds those channels. Writes over x where no gradient needs it, unless told to keep it."""
         if truncation is None:
             var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
             self.batch = mean.detach(), var.detach()                # for measure_statistics
         else:
-            mean, var = _row(self.running_means, truncation), _row(self.running_vars, truncation)
+            mean, var = _row(self.running_means, truncation)[channels], _row(self.running_vars, truncation)[channels]
         if condition is None:
-            scale, offset = self.weight[None], self.bias[None]
+            scale, offset = self.weight[None, channels], self.bias[None, channels]
         else:
             scale, offset = 1 + self.scale(condition), self.offset(condition)       # (N, C)
         scale = scale * (var + EPSILON).rsqrt()
@@ -167,11 +170,18 @@ class Block(nn.Module):
         self.bn_3, self.conv_3 = BatchNorm(mid, condition), Conv(mid, o, 1)
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, truncation: Optional[float]) -> torch.Tensor:
+        return self.join(x, self.residual(x, condition, truncation))
+
+    def residual(self, x: torch.Tensor, condition: torch.Tensor, truncation: Optional[float]) -> torch.Tensor:
         h = self.conv_0(self.bn_0(x, condition, truncation, keep=True))             # (N, i/4, H, W)
         h = self.conv_1(self.bn_1(h, condition, truncation))                        # (N, i/4, 2H, 2W)
         h = self.conv_2(self.bn_2(h, condition, truncation))
-        h = self.conv_3(self.bn_3(h, condition, truncation))                        # (N, o, 2H, 2W)
-        x = x[:, :self.channels]
+        return self.bn_3(h, condition, truncation)
+
+    def join(self, x: torch.Tensor, h: torch.Tensor, channels: slice = ALL) -> torch.Tensor:
+        """The block's input x and h, which `residual` made of it -> the block's output, or some channels of it."""
+        h = self.conv_3(h, channels)                                                # (N, o, 2H, 2W)
+        x = x[:, :self.channels][:, channels]
         if self.double:                                             # add each pixel of x to four of h, without a copy of x
             h.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(x[:, :, :, None, :, None])
             return h
@@ -230,10 +240,18 @@ class BigGAN(nn.Module):
         condition = torch.cat([z, self.embed(y)], dim=1)                            # (N, noise + embedding)
         x = self.generator["gen_z"](condition)                                      # (N, 16 C)
         x = x.unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)                          # (N, C, 4, 4): laid out (h, w, c)
-        for layer in self.generator["layers"]:
+        *layers, last = self.generator["layers"]
+        for layer in layers:
             x = layer(x) if isinstance(layer, Attention) else layer(x, condition, truncation)
-        x = self.generator["bn"](x, None, truncation)                               # (N, C, R, R)
-        return torch.tanh(self.generator["conv_to_rgb"](x, rows=3))                 # the other rows are never seen
+
+        # Of all maps the last block's are the largest. With known statistics a few channels at a time are enough, and of
+        # the last convolution three channels, since the others are never seen.
+        h, step = last.residual(x, condition, truncation), last.channels if truncation is None else 16
+        bn, out = self.generator["bn"], self.generator["conv_to_rgb"]
+        weight, image = out.weight()[:3], out.bias[:3, None, None]
+        for part in (slice(first, first + step) for first in range(0, last.channels, step)):
+            image = image + F.conv2d(bn(last.join(x, h, part), None, truncation, channels=part), weight[:, part], padding=1)
+        return torch.tanh(image)
 
     def embed(self, y: torch.Tensor) -> torch.Tensor:
         """Labels (N,) or class weights (N, classes) -> (N, embedding)."""
@@ -480,8 +498,8 @@ def class_numbers(text: str, classes: int) -> dict[int, str]:
     """Numbers, or names of ImageNet's 1,000 classes, separated by commas -> {number: name}. ValueError for an unknown one."""
     names = []
     if classes == 1000:
-        from torchvision.models import ResNet50_Weights
-        names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+        package = Path(importlib.util.find_spec("torchvision").origin).parent      # importing all of it takes 170 MB
+        names = runpy.run_path(str(package / "models" / "_meta.py"))["_IMAGENET_CATEGORIES"]
     chosen = {}
     for word in (word.strip() for word in text.split(",")):
         if word.isdecimal() and int(word) < classes:
