@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.models import ResNet50_Weights
 from torchvision.transforms import functional as F_image
 
 import biggan
@@ -1019,7 +1020,7 @@ def test_old_and_new_file_formats_load_alike(tmp_path):
 def test_imagenet_names_and_numbers_name_classes():
     assert biggan.class_numbers("207, ostrich,9", 1000) == {207: "golden retriever", 9: "ostrich"}
     everything = biggan.class_numbers(",".join(map(str, range(1000))), 1000)
-    assert list(everything.values()) == torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    assert list(everything.values()) == ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     with pytest.raises(ValueError, match="did you mean ostrich"):
         biggan.class_numbers("Ostric", 1000)
 
