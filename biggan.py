@@ -133,17 +133,19 @@ class BatchNorm(nn.Module):
     def forward(self, x: torch.Tensor, condition: Optional[torch.Tensor], truncation: Optional[float], keep: bool = False,
                 channels: slice = ALL) -> torch.Tensor:
         """x holds those channels. Writes over x where no gradient needs it, unless told to keep it."""
-        if truncation is None:
-            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
-            self.batch = mean.detach(), var.detach()                # for measure_statistics
-        else:
-            mean, var = _row(self.running_means, truncation)[channels], _row(self.running_vars, truncation)[channels]
         if condition is None:
             scale, offset = self.weight[None, channels], self.bias[None, channels]
         else:
             scale, offset = 1 + self.scale(condition), self.offset(condition)       # (N, C)
-        scale = scale * (var + EPSILON).rsqrt()
-        scale, offset = scale.to(x.dtype), (offset - mean * scale).to(x.dtype)      # which autocast may have changed
+        if truncation is None:
+            mean, var = torch.zeros(2, x.shape[1], device=x.device)
+            x = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=EPSILON)
+            self.batch = mean, var * (1 - x.shape[1] / x.numel())   # for measure_statistics; var has been divided by n - 1
+        else:
+            mean, var = _row(self.running_means, truncation)[channels], _row(self.running_vars, truncation)[channels]
+            scale = scale * (var + EPSILON).rsqrt()
+            offset = offset - mean * scale
+        scale, offset = scale.to(x.dtype), offset.to(x.dtype)                       # which autocast may have changed
         out = None if keep or torch.is_grad_enabled() else x
         return F.relu(torch.addcmul(offset[:, :, None, None], x, scale[:, :, None, None], out=out), inplace=True)
 
@@ -182,6 +184,8 @@ class Block(nn.Module):
         """The block's input x and h, which `residual` made of it -> the block's output, or some channels of it."""
         h = self.conv_3(h, channels)                                                # (N, o, 2H, 2W)
         x = x[:, :self.channels][:, channels]
+        if torch.is_grad_enabled():                                 # in place is slow then: h is a view
+            return h + (F.interpolate(x, scale_factor=2.0) if self.double else x)
         if self.double:                                             # add each pixel of x to four of h, without a copy of x
             h.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).add_(x[:, :, :, None, :, None])
             return h
@@ -205,7 +209,7 @@ class Attention(nn.Module):
         value = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2).mT                  # (N, HW/4, C/2)
         h = torch.cat([F.scaled_dot_product_attention(part, key, value, scale=1.0) for part in query.split(1024, dim=1)], dim=1)
         h = h.mT.unflatten(2, x.shape[2:])                                          # (N, HW, C/2) -> (N, C/2, H, W)
-        return self.snconv1x1_o_conv(self.gamma * h).add_(x)
+        return x + self.snconv1x1_o_conv(self.gamma * h)
 
 
 class BigGAN(nn.Module):
@@ -405,7 +409,7 @@ class DiscriminatorBlock(nn.Module):
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         if self.shortcut is not None:
             x = torch.cat([x, self.shortcut(x)], dim=1)
-        return self.conv_3(h).add_(x)
+        return x + self.conv_3(h)
 
 
 class Discriminator(nn.Module):
@@ -424,22 +428,26 @@ class Discriminator(nn.Module):
         self.score, self.embedding = Linear(1, widths[-1]), Normed(classes, widths[-1], bias=False)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h = F.relu(self.layers(self.head(x))).sum(dim=(2, 3))                       # (N, C)
+        if self.training:
+            self.power_iteration()
+        h = F.relu(self.layers(self.head(x)))
+        h = F.avg_pool2d(h, h.shape[2:], divisor_override=1).flatten(1)             # (N, C), the sum over pixels
         return self.score(h)[:, 0] + (self.embedding.weight()[y] * h).sum(dim=1)    # (N,)
 
     norms, power_iteration = BigGAN.norms, BigGAN.power_iteration
 
 
-def train(model: BigGAN, discriminator: Discriminator, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
-          batch: int = 64, lr: float = 2e-4, seed: int = 0, average: float = 0.999, report=None) -> BigGAN:
+def train(model: BigGAN, discriminator: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
+          batch: int = 64, lr: float = 4e-4, noise: float = 0.4, seed: int = 0, average: float = 0.999, report=None) -> BigGAN:
     """Adversarial training with the hinge loss on uint8 images (N, 3, R, R) and labels (N,); returns the averaged generator.
 
-    Adam, betas (0, 0.999), the discriminator at twice `lr`, both falling to zero over the second half. Its 51 rows of
+    Adam, betas (0.5, 0.99), the discriminator at twice `lr`, both falling to zero over the second half; `noise`: standard
+    deviation of what is added to all that the discriminator sees, fading to zero (Sonderby et al., 2017). The 51 rows of
     statistics are to be measured afterwards, see `measure_statistics`. report(step, {loss: float}) is called every 50 steps.
     """
     generator = torch.Generator().manual_seed(seed)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average))
-    optimizers = [torch.optim.Adam(network.parameters(), rate, betas=(0.0, 0.999))
+    optimizers = [torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.99), fused=True)
                   for network, rate in ((model, lr), (discriminator, 2 * lr))]
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
                  for optimizer in optimizers]
@@ -450,8 +458,8 @@ def train(model: BigGAN, discriminator: Discriminator, images: torch.Tensor, lab
         fake = model(truncated_noise(batch, model.noise, generator=generator), y, None)
 
         # Discriminator: raise the score of real images above 1, lower that of generated ones below -1.
-        discriminator.power_iteration()
-        real_score, fake_score = discriminator(torch.cat([x, fake.detach()]), torch.cat([y, y])).split(batch)
+        blur = noise * (1 - step / steps) * torch.randn(2 * batch, *x.shape[1:], generator=generator)
+        real_score, fake_score = discriminator(torch.cat([x, fake.detach()]) + blur, torch.cat([y, y])).split(batch)
         loss_d = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
         optimizers[1].zero_grad()
         loss_d.backward()
@@ -459,7 +467,7 @@ def train(model: BigGAN, discriminator: Discriminator, images: torch.Tensor, lab
 
         # Generator: raise the score of generated images.
         discriminator.requires_grad_(False)
-        loss_g = -discriminator(fake, y).mean()
+        loss_g = -discriminator(fake + blur[batch:], y).mean()
         optimizers[0].zero_grad()
         loss_g.backward()
         optimizers[0].step()

@@ -611,6 +611,25 @@ def inception_score(model: ImagenetCGN, classifier: nn.Module, count: int, trunc
     return evaluate.inception_score(torch.cat(probabilities), splits=1)[0]
 
 
+def micro_step(model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, u: torch.Tensor, y: torch.Tensor,
+               draws: torch.Tensor, weights: dict[str, float], config: dict, fraction: float = 1.0) -> torch.Tensor:
+    """Adds `fraction` times the gradient of equation 4's sum for a few images, drawn by `draw_training`, to what the mechanisms
+    hold; returns `fraction` times each term of `weights` and, last, the mean mask."""
+    with torch.autocast(u.device.type, torch.bfloat16, enabled=config["bf16"]):
+        with torch.no_grad():
+            x_gt = teacher(u, y, config["truncation"])
+        sample = model(u, y, config["truncation"])
+        leaves = [made.detach().requires_grad_() for made in sample[:3]]            # the losses' graphs end here
+        terms, found = imagenet_losses(model, *leaves, x_gt, style, draws, patch=config["patch"],
+                                       relative=config["relative_patch"], terms=tuple(weights)), []
+        for name, loss in terms:
+            (fraction * weights[name] * loss).backward()
+            found.append(loss.detach())
+    reached = [(made, leaf.grad) for made, leaf in zip(sample, leaves) if leaf.grad is not None]
+    torch.autograd.backward(*zip(*reached))
+    return fraction * torch.stack([*found, leaves[0].detach().mean()])
+
+
 def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, out: Path,
                    device: str = "cpu", classifier: Optional[nn.Module] = None) -> None:
     """Train `model` to take the frozen teacher's images apart (section 3, C.3), no real image needed.
@@ -647,20 +666,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
             for start in range(begin, begin + share, config["batch"]):
                 part = range(start, min(start + config["batch"], begin + share))
                 u, y, draws = (drawn.to(device) for drawn in draw_training(model, config["seed"], part, config["truncation"]))
-                fraction = len(part) / config["accumulate"]
-                with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
-                    with torch.no_grad():
-                        x_gt = teacher(u, y, config["truncation"])
-                    sample = model(u, y, config["truncation"])
-                    leaves = [made.detach().requires_grad_() for made in sample[:3]]        # the losses' graphs end here
-                    means[-1] += fraction * leaves[0].detach().mean()
-                    terms = imagenet_losses(model, *leaves, x_gt, style, draws, patch=config["patch"],
-                                            relative=config["relative_patch"], terms=tuple(weights))
-                    for number, (name, loss) in enumerate(terms):
-                        (fraction * weights[name] * loss).backward()
-                        means[number] += fraction * loss.detach()
-                reached = [(made, leaf.grad) for made, leaf in zip(sample, leaves) if leaf.grad is not None]
-                torch.autograd.backward(*zip(*reached))
+                means += micro_step(model, teacher, style, u, y, draws, weights, config, len(part) / config["accumulate"])
         if ranks > 1:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

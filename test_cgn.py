@@ -1,4 +1,5 @@
 """All tests: `python -m pytest -q test_cgn.py`. CPU, a few minutes, nothing is downloaded."""
+import contextlib
 import gzip
 import json
 import os
@@ -8,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -1398,12 +1400,15 @@ def test_an_imagenet_cgn_is_called_like_a_small_one(networks):
 
 
 def straight_line_terms(networks, raw, u, y, draws, patch):
-    """Equation 4's terms line by line in float64: plain networks, nothing shared, nothing folded; `raw`: three raw dicts."""
-    double = {key: value.double() for key, value in networks[0].items()}
-    saliency_net = u2net.load(networks[1], frozen=False).double()
-    layers = cgn.make_layers([layer for count in (2, 2, 3, 3) for layer in [4] * count + ["M"]], batch_norm=True).double().eval()
+    """Equation 4's terms line by line, in the precision of u: plain networks, nothing shared, nothing folded; `raw`: three raw
+    dicts."""
+    teacher = {key: value.to(u) for key, value in networks[0].items()}
+    saliency_net = u2net.load(networks[1], frozen=False).to(u).eval().requires_grad_(False)
+    widths = [len(networks[2][f"features.{number}.weight"]) for number in (0, 7, 14, 24)]
+    layers = cgn.make_layers([layer for count, width in zip((2, 2, 3, 3), widths) for layer in [width] * count + ["M"]],
+                             batch_norm=True).to(u).eval().requires_grad_(False)
     layers.load_state_dict({key.removeprefix("features."): value for key, value in networks[2].items()})
-    mean, std = (torch.tensor(numbers, dtype=torch.float64)[:, None, None] for numbers in (u2net.MEAN, u2net.STD))
+    mean, std = (torch.tensor(numbers).to(u)[:, None, None] for numbers in (u2net.MEAN, u2net.STD))
 
     def saliency(x):
         return saliency_net(((x + 1) / 2 - mean) / std)
@@ -1419,11 +1424,11 @@ def straight_line_terms(networks, raw, u, y, draws, patch):
     def style(a, b):
         return 25_000 * sum((p - q.detach()).abs().mean() for p, q in zip(grams(a), grams(b)))
 
-    x_gt = plain_biggan(double, u, y, 50)
+    x_gt = plain_biggan(teacher, u, y, 50)
     pre, f, b = (plain_biggan(state, u, y, 50) for state in raw)
     m = saliency(pre)
     x = m * f + (1 - m) * b
-    grid = cgn.patch_grid(x, m, draws, patch).double()
+    grid = cgn.patch_grid(x, m, draws, patch).to(u)
     clamped, mean_mask = m.clamp(1e-4, 1 - 1e-4), m.mean((1, 2, 3))
     return {"l1": (x - x_gt).abs().mean(), "perceptual": style(x, x_gt),
             "binary": -(clamped * clamped.log2() + (1 - clamped) * (1 - clamped).log2()).mean(),
@@ -1998,3 +2003,102 @@ def test_defaults_are_the_documented_ones():
     args = cgn.build_parser().parse_args([])
     assert (args.dataset, args.model, args.lr, args.per_shape) == ("colored", "cgn", 4e-4, 10)
     assert classify.build_parser().parse_args([]).seeds == [0, 1, 2]
+
+
+# ------------------------------------------------------------------------------------- measurements at full size: no tests
+
+def full_size(folder):
+    """Random weights of the released sizes, as files in `folder`; their paths: teacher, three mechanisms, U-2-Net, VGG16."""
+    paths = [folder / f"{name}.pth" for name in ("teacher", "shape", "text", "bg", "u2net", "vgg16")]
+    for number, path in enumerate(paths[:4]):
+        torch.save(raw_biggan(RELEASED, 8, 1000, 128, 128, seed=number), path)
+    torch.save(random_u2net(u2net.FULL).state_dict(), paths[4])
+    vgg = torch.nn.Module()
+    vgg.features = cgn.make_layers([layer for count, width in zip((2, 2, 3, 3), (64, 128, 256, 512)) for layer in [width] * count + ["M"]],
+                                   batch_norm=True)
+    torch.save(vgg.state_dict(), paths[5])
+    return paths
+
+
+def measure(what, folder):
+    """`python test_cgn.py step | memory | draw | image`: the ImageNet CGN at full size with random weights. 5 minutes and 12 GB at most."""
+    folder = Path(folder)
+    paths = [folder / f"{name}.pth" for name in ("teacher", "shape", "text", "bg", "u2net", "vgg16")]
+    if not paths[-1].exists():
+        full_size(folder)
+    frozen, saliency = what in ("draw", "image"), u2net.load(paths[4])
+    model = cgn.ImagenetCGN(*(biggan.load(path, frozen=frozen) for path in paths[1:4]), saliency)
+    mechanisms = model.f_shape, model.f_text, model.f_bg
+    u, y, draws = cgn.draw_training(model, 0, range(1), 1.0)
+    config = {"truncation": 1.0, "patch": 15, "relative_patch": False, "bf16": False}
+
+    def clock(run):
+        started = time.time()
+        run()
+        return time.time() - started
+
+    def held(run):
+        with contextlib.ExitStack() as stack:
+            for mechanism in mechanisms:
+                stack.enter_context(mechanism.held())
+            return run()
+
+    if what == "image":
+        cgn.counterfactual_batch(model, 0, range(1))
+        print(f"peak memory of one counterfactual image: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+        return
+    if what == "memory":
+        teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))
+        optimizer = torch.optim.Adam([parameter for mechanism in mechanisms for parameter in mechanism.parameters()], 1e-5)
+        held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
+        optimizer.step()
+        held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
+        print(f"peak memory of two micro-steps around an optimiser step: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+        return
+    raw = [torch.load(path) for path in paths[1:4]]
+    networks = [torch.load(path) for path in (paths[0], paths[4], paths[5])]
+    if what == "draw":
+        def plain(count):
+            for index in range(count):
+                z, labels, _ = cgn.draw(model, 0, range(index, index + 1))
+                with torch.no_grad():
+                    x = [plain_biggan(raw[k], z[k], labels[k], 50) for k in range(3)]
+                    cgn.compose(u2net_plain(u2net.normalise((x[0] + 1) / 2)), x[1], x[2])
+
+        u2net_plain = u2net.load(paths[4], frozen=False).eval()
+        for count in (1, 10):
+            ours = min(clock(lambda: cgn.counterfactual_batch(model, 0, range(count), per_shape=count)) for _ in range(2))
+            line = min(clock(lambda: plain(count)) for _ in range(2))
+            print(f"{count} counterfactuals of a shape: {ours:.2f} s, straight line {line:.2f} s: {ours / line:.2f}")
+        return
+    teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(networks[2])
+    for mechanism, state in zip(mechanisms, raw):
+        for name, _ in mechanism.named_parameters():
+            state[name].requires_grad_()
+
+    def straight():
+        sum(cgn.LAMBDAS[name] * term for name, term in straight_line_terms(networks, raw, u, y, draws, 15).items()).backward()
+
+    found, seconds = {}, {"straight line": [], "float32": [], "bfloat16": []}
+    for _ in range(3):
+        seconds["straight line"].append(clock(straight))
+        for name, bf16 in (("float32", False), ("bfloat16", True)):
+            def step():
+                found[name] = cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, {**config, "bf16": bf16})
+            seconds[name].append(held(lambda: clock(step)))
+    plain = min(seconds["straight line"])
+    for name, times in seconds.items():
+        print(f"micro-step, {name}: {min(times):.2f} s: {min(times) / plain:.2f}")
+    print("terms in bfloat16 against float32:", (found["bfloat16"] / found["float32"] - 1).abs().max().item())
+    for dtype in (torch.float, torch.bfloat16):
+        a = torch.randn(2048, 2048).to(dtype)
+        print(f"matrix product of {dtype}: {2 * 2048 ** 3 / min(clock(lambda: a @ a) for _ in range(5)) / 1e9:.0f} GFLOP/s")
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(depth=2) as flops:
+        held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
+    print(f"{flops.get_total_flops() / 1e9:.0f} GFLOP in a micro-step")
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as temporary:
+        measure(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else temporary)
