@@ -292,9 +292,11 @@ class BigGAN(nn.Module):
             norm.held = quotient.detach().requires_grad_()
         try:
             yield self
-            for norm, quotient in zip(norms, quotients):
-                if norm.held.grad is not None:
-                    quotient.backward(norm.held.grad)
+            for norm in norms:
+                quotient, gradient = quotients.pop(0), norm.held.grad
+                norm.held = None                                # of large networks, memory is freed one by one
+                if gradient is not None:
+                    quotient.backward(gradient)
         finally:
             for norm in norms:
                 norm.held = None
@@ -438,12 +440,14 @@ class Discriminator(nn.Module):
 
 
 def train(model: BigGAN, discriminator: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
-          batch: int = 64, lr: float = 4e-4, noise: float = 0.4, seed: int = 0, average: float = 0.999, report=None) -> BigGAN:
+          batch: int = 64, lr: float = 4e-4, noise: float = 0.4, relativistic: bool = False, seed: int = 0,
+          average: float = 0.999, report=None) -> BigGAN:
     """Adversarial training with the hinge loss on uint8 images (N, 3, R, R) and labels (N,); returns the averaged generator.
 
     Adam, betas (0.5, 0.99), the discriminator at twice `lr`, both falling to zero over the second half; `noise`: standard
-    deviation of what is added to all that the discriminator sees, fading to zero (Sonderby et al., 2017). The 51 rows of
-    statistics are to be measured afterwards, see `measure_statistics`. report(step, {loss: float}) is called every 50 steps.
+    deviation of what is added to all that the discriminator sees, fading to zero (Sonderby et al., 2017); `relativistic`: each
+    real image shall lead the generated one of its class (Jolicoeur-Martineau, 2019). The 51 rows of statistics are to be
+    measured afterwards, see `measure_statistics`. report(step, {loss: float}) is called every 50 steps.
     """
     generator = torch.Generator().manual_seed(seed)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average))
@@ -457,17 +461,21 @@ def train(model: BigGAN, discriminator: nn.Module, images: torch.Tensor, labels:
         y = labels[chosen]
         fake = model(truncated_noise(batch, model.noise, generator=generator), y, None)
 
-        # Discriminator: raise the score of real images above 1, lower that of generated ones below -1.
+        # Discriminator: raise the score of real images above 1, lower that of generated ones below -1; or their difference.
         blur = noise * (1 - step / steps) * torch.randn(2 * batch, *x.shape[1:], generator=generator)
         real_score, fake_score = discriminator(torch.cat([x, fake.detach()]) + blur, torch.cat([y, y])).split(batch)
-        loss_d = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
+        if relativistic:
+            loss_d = F.relu(1 - (real_score - fake_score)).mean()
+        else:
+            loss_d = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
         optimizers[1].zero_grad()
         loss_d.backward()
         optimizers[1].step()
 
         # Generator: raise the score of generated images.
         discriminator.requires_grad_(False)
-        loss_g = -discriminator(fake + blur[batch:], y).mean()
+        fake_score = discriminator(fake + blur[batch:], y)
+        loss_g = F.relu(1 - (fake_score - real_score.detach())).mean() if relativistic else -fake_score.mean()
         optimizers[0].zero_grad()
         loss_g.backward()
         optimizers[0].step()

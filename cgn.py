@@ -751,7 +751,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """float images -1..1 -> uint8 images 0..255, never stretched by their own minimum and maximum."""
-    return images.mul(127.5).add(127.5).round().clamp(0, 255).byte()
+    return images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte()
 
 
 # ---------------------------------------------------------------------------------------------------------------- sampling
@@ -1119,8 +1119,8 @@ def build_parser() -> argparse.ArgumentParser:
                           "sees, fading to 0 (default: %(default)s)")
     training.add_argument("--adversarial", choices=("hinge", "relativistic"), help="default: hinge for the flat colours of "
                           "colored and double-colored, else relativistic")
-    training.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe: about 1.6 times as fast "
-                          "on a CPU with AMX")
+    training.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe, in training and sampling: "
+                          "about 1.6 times as fast on a CPU with AMX or AVX-512 BF16")
     training.add_argument("--mask", type=float, default=10.0, help="weight of the mask interval")
     training.add_argument("--interval", type=float, nargs=2, default=(0.05, 0.4), metavar=("LOW", "HIGH"),
                           help="a mask's mean is kept in it (default: 0.05 0.4; paper: 0.1 0.9)")
@@ -1153,7 +1153,8 @@ def main(argv: Optional[list[str]] = None) -> None:
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed}: must be 0 or more")
         if args.checkpoint:
-            _sample_main(args)
+            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+                _sample_main(args)
         else:
             run = _imagenet_main if args.dataset == "imagenet" else _train_main
             name = Path(args.dataset).name + ("-gan" if args.model == "gan" else "")
