@@ -251,6 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ensemble", help="checkpoint.pt of classify.py --dataset imagenet: judge each head and their average")
     parser.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
     parser.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
+    parser.add_argument("--bf16", action="store_true", help="train the readers in bfloat16")
     parser.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
     parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -267,7 +268,9 @@ def main(argv: Optional[list[str]] = None) -> None:
             (_imagenet_main, args.imagenet), (_cgn_main, True)) if given)
         result = main_of(args)
         if args.out:
-            Path(args.out).write_text(json.dumps(result) + "\n")
+            partial = Path(f"{args.out}.partial")
+            partial.write_text(json.dumps(result) + "\n")
+            partial.replace(args.out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -395,7 +398,8 @@ def _cgn_main(args: argparse.Namespace) -> dict:
         if getattr(train, label)[0] < 0:
             readers.append(None)
             continue
-        readers.append(classify.fit([(train.images, getattr(train, label), classify.BATCH)], args.reader_steps, args.seed))
+        readers.append(classify.fit([(train.images, getattr(train, label), classify.BATCH)], args.reader_steps, args.seed,
+                                    bf16=args.bf16))
         found = classify.predict(readers[-1], val.images)
         print(f"{label} reader: {100 * accuracy(found, getattr(val, label)):.1f} % of the validation split")
 

@@ -2,12 +2,14 @@
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import os
 import re
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -1978,6 +1980,94 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(trained, tmp_pat
     one_line(result, "could not be written", "intact")
     assert target.read_bytes() == before
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained.iterdir())
+
+
+def killed_runs(folder):
+    """Kills each kind of run, each of its processes, at random moments and continues it; compares with the run left alone.
+
+    Meant for a process of its own with one thread, which may be forked.
+    """
+    torch.set_num_threads(1)
+    counter, generator = itertools.count(), np.random.default_rng(0)
+    states = raw_biggan([(16, 16)] * 6, 2, classes=10), random_u2net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5).state_dict(), cgn.random_networks()[2]
+    torch.save(states[1], folder / "saliency.pt")
+    imagenet_run(states, folder / "made", steps=1, accumulate=1, networks={"saliency": str(folder / "saliency.pt")})
+    made = cgn.load(folder / "made" / "checkpoint.pt")
+
+    def ensemble(out):
+        def batches(seed):
+            def draws(first):
+                for step in itertools.count(first):
+                    generator = torch.Generator().manual_seed(1000 * seed + step)
+                    yield torch.rand(4, 3, 32, 32, generator=generator), torch.randint(10, (4, 3)[:seed], generator=generator)
+            return draws
+        torch.manual_seed(0)
+        classify.train_ensemble({"steps": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "decay": 0.1, "milestones": [9], "bf16": False,
+                                 "save_every": 1}, classify.Ensemble(classify.Classifier()), batches(1), batches(2), out)
+
+    runs = {"mnist": (1, lambda out: cgn.train(tiny_config(steps=12, sheet_every=1), *tiny_data(), out)),
+            "imagenet": (1, lambda out: imagenet_run(states, out, steps=4, accumulate=4)),
+            "imagenet, two ranks": (2, lambda out: imagenet_run(states, out, steps=4, accumulate=4)),
+            "data set": (1, lambda out: cgn.write_counterfactuals(made, out, 40, 1, per_shape=2, batch=2)),
+            "data set, two ranks": (2, lambda out: cgn.write_counterfactuals(made, out, 40, 1, per_shape=2, batch=2)),
+            "classifier": (1, ensemble)}
+
+    def start(kind, out):
+        ranks, run = runs[kind]
+        meeting, children = folder / f"meeting{next(counter)}", []
+        for rank in range(ranks):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    if ranks > 1:
+                        torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+                    run(out)
+                    code = 0
+                finally:
+                    os._exit(code)
+            children.append(child)
+        return children
+
+    def finish(children):
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * len(children)
+
+    def result(out):
+        if (out / "labels.csv").exists():
+            return {path.name: path.read_bytes() for path in out.iterdir()}
+        rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        state, flat = torch.load(out / "checkpoint.pt", weights_only=True), {}
+
+        def walk(name, value):
+            for key, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+                walk(f"{name}.{key}", part)
+            if not isinstance(value, (dict, list)):
+                flat[name] = value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
+        walk("", state)
+        return flat, [{key: value for key, value in row.items() if "per_second" not in key} for row in rows]
+
+    for kind in runs:
+        began = time.time()
+        finish(start(kind, folder / kind))
+        seconds, kills = time.time() - began, 4 if kind in ("mnist", "imagenet") else 3
+        for number in range(kills):
+            out = folder / f"{kind} {number}"
+            children = start(kind, out)
+            time.sleep(generator.uniform(0, seconds))
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            for child in children:
+                os.waitpid(child, 0)
+            finish(start(kind, out))
+            assert result(out) == result(folder / kind), (kind, number)
+        print(f"{kind}: {kills} kills in runs of {seconds:.1f} s")
+
+
+def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import pathlib, test_cgn; test_cgn.killed_runs(pathlib.Path({str(tmp_path)!r}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    print(*re.findall(r".*\d kills in runs of .*", result.stdout), sep="\n")
+    assert result.returncode == 0 and sum(map(int, re.findall(r"(\d+) kills", result.stdout))) == 20, result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------- the project
