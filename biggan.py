@@ -324,7 +324,7 @@ def load(source: Union[str, os.PathLike, dict], *, frozen: bool = True) -> BigGA
     frozen: eval mode, norms folded, no gradients; else ready to be trained further. Nothing in a file can run code. Raises
     ValueError that names what is missing, unexpected, misshapen or not finite.
     """
-    state = dict(source) if isinstance(source, dict) else _read(source)
+    state = dict(source) if isinstance(source, dict) else read_state(source)
     name = "the state dict" if isinstance(source, dict) else source
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
@@ -352,7 +352,9 @@ def load(source: Union[str, os.PathLike, dict], *, frozen: bool = True) -> BigGA
     return model.freeze() if frozen else model
 
 
-def _read(path: Union[str, os.PathLike]) -> dict:
+def read_state(path: Union[str, os.PathLike]) -> dict:
+    """What a file written by torch.save holds, memory-mapped where its format allows. Nothing in it can run code. Raises
+    ValueError where it is no dict."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))  # not before torch 1.6
         if isinstance(state, dict):

@@ -711,10 +711,9 @@ def continue_run(out: Path, config: dict, parts: dict, write: bool = True) -> in
     """Load the checkpoint in `out`, if there is one, into `parts`; cut the log back to it (`write`); return its step."""
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "checkpoint.pt", out / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    held = json.loads(lines[0]) if lines else None
-    if held is not None and held != json.loads(json.dumps(config)):
-        changed = [key for key in config if held.get(key) != json.loads(json.dumps(config[key]))]
+    rows = read_lines(log)
+    if rows and rows[0] != json.loads(json.dumps(config)):
+        changed = [key for key in config if rows[0].get(key) != json.loads(json.dumps(config[key]))]
         raise ValueError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or the same options "
                          "to continue it")
     if not path.exists():
@@ -725,10 +724,23 @@ def continue_run(out: Path, config: dict, parts: dict, write: bool = True) -> in
     for name, part in parts.items():
         part.load_state_dict(state[name])
     if write:
-        kept = [line for line in lines[1:] if json.loads(line)["step"] <= state["step"]]
-        mnist_variants.write_file(log, ("\n".join([json.dumps(config), *kept]) + "\n").encode())
+        kept = [row for row in rows[1:] if row.get("step", 0) <= state["step"]]
+        mnist_variants.write_file(log, "".join(json.dumps(row) + "\n" for row in (config, *kept)).encode())
         print(f"continuing {out} at step {state['step']}")
     return state["step"]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines; none where there is no file. Raises ValueError where a line is no such object."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else ()):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            rows.append(None)
+        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step", 0), int):
+            raise ValueError(f"{path}, line {number + 1}, is damaged: remove that line")
+    return rows
 
 
 def log_row(out: Path, row: dict) -> None:
@@ -1213,7 +1225,7 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
     else:
         try:
             teacher, saliency = biggan.find_weights(WEIGHTS / args.teacher), u2net.find_weights(WEIGHTS / args.saliency)
-            style = torch.load(biggan.find_weights(WEIGHTS / args.style), map_location="cpu", weights_only=True, mmap=True)
+            style = biggan.read_state(biggan.find_weights(WEIGHTS / args.style))
         except ValueError as error:
             raise ValueError(f"{error}. {'The' if args.mini else 'In miniature: --mini, whose'} networks are made by python "
                              "miniature.py teacher saliency style classifier") from None

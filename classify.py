@@ -255,8 +255,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
            "count": count if "gan" in method or "cgn" in method else 0, "per_shape": per_shape if "cgn" in method else 0,
            "data": ("DTD textures" if args.textures else "drawn textures") if dataset == "wildlife" else f"variance {args.variance}"}
     path = Path(args.runs) / "results.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        held = json.loads(line)
+    for held in cgn.read_lines(path):
         if all(held.get(key) == value for key, value in row.items()) and all(split in held for split in splits):
             return held
     started = time.time()

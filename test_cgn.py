@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -2068,6 +2069,91 @@ def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(tmp_pa
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     print(*re.findall(r".*\d kills in runs of .*", result.stdout), sep="\n")
     assert result.returncode == 0 and sum(map(int, re.findall(r"(\d+) kills", result.stdout))) == 20, result.stderr
+
+
+def mutate(content, generator):
+    """A damaged copy: single bytes changed, a piece cut out, doubled or overwritten, or the end missing."""
+    content = bytearray(content)
+    for _ in range(generator.integers(1, 4)):
+        a = int(generator.integers(len(content)))
+        b = min(len(content), a + int(generator.integers(1, 64)))
+        kind = generator.integers(6)
+        if kind < 2:
+            content[a] ^= 1 << int(generator.integers(8))
+        elif kind == 2:
+            content[a:b] = generator.bytes(b - a)
+        elif kind == 3 and a:
+            del content[a:b]
+        elif kind == 4:
+            content[a:a] = content[a:b]
+        elif a:
+            del content[a:]
+    return bytes(content)
+
+
+def fuzzed(folder, count):
+    """`count` damaged files for all readers: each is read, or refused with ValueError, in ten seconds and 2 GiB."""
+    torch.set_num_threads(1)
+    generator, outcomes = np.random.default_rng(0), {}
+    picture = Image.fromarray(generator.integers(256, size=(40, 48, 3), dtype=np.uint8))
+    state, small = raw_biggan([(8, 8), (8, 8)], None, 2, 4, 4), random_u2net(((3, 2, 2),) + ((2, 2, 2),) * 5 + ((4, 2, 2),) * 5).state_dict()
+    texts = {"predictions.csv": (b"label,prediction\n1,2\n3,3\n", evaluate.read_predictions),
+             "labels.csv": (b"file,seed,u,shape,texture,background\n00000000.png,1,0,3,4,5\n00000001.png,1,1,0,9,2\n",
+                            lambda path: classify.labelled_files(path.parent)),
+             "log.jsonl": (json.dumps(tiny_config()).encode() + b'\n{"step": 1, "binary": 0.5}\n{"step": 2, "binary": 0.25}\n',
+                           lambda path: cgn.continue_run(Path(shutil.copy(folder / "checkpoint.pt", path.parent)).parent, tiny_config(), {})),
+             "results.jsonl": (b'{"dataset": "colored", "seed": 0, "test": 0.9684}\n{"dataset": "wildlife", "seed": 1}\n', cgn.read_lines)}
+    torch.save(state, folder / "new.pt")
+    torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save(small, folder / "u2net.pt")
+    torch.save({"config": tiny_config(), "step": 3, "average": {"a": torch.ones(5)}}, folder / "checkpoint.pt")
+    torch.save(classify.Classifier().state_dict(), folder / "classifier.pt")
+    torch.save(cgn.random_networks()[2], folder / "style.pt")
+    for suffix in ("png", "jpg", "gif", "tif", "bmp", "webp"):
+        picture.save(folder / f"photo.{suffix}")
+    shutil.copy(HERE / "data" / "mnist" / "t10k-labels-idx1-ubyte.gz", folder)
+    readers = [("new.pt", biggan.load, 8), ("old.pt", biggan.load, 8), ("u2net.pt", u2net.load, 1), ("checkpoint.pt", cgn.load, 12),
+               ("checkpoint.pt", classify.load_ensemble, 6), ("classifier.pt", cgn.read_classifier, 4),
+               ("style.pt", lambda path: cgn.StyleFeatures(biggan.read_state(path)), 4),
+               ("t10k-labels-idx1-ubyte.gz", lambda path: mnist_variants._read_idx(path.parent, path.stem), 4)]
+    readers += [(f"photo.{suffix}", reader, 4) for suffix in ("png", "jpg", "gif", "tif", "bmp", "webp") for reader in (u2net.open_photo, classify.read_picture)]
+    readers += [(name, reader, 8) for name, (_, reader) in texts.items()]
+    total = sum(weight for *_, weight in readers)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("ten seconds")))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, reader, weight in readers:
+        whole = texts[name][0] if name in texts else (folder / name).read_bytes()
+        place = folder / "damaged" / name
+        for number in range(-(-count * weight // total)):
+            shutil.rmtree(place.parent, ignore_errors=True)
+            place.parent.mkdir()
+            place.write_bytes(mutate(whole, generator))
+            signal.alarm(10)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    reader(place)
+                outcome = "read"
+            except ValueError:
+                outcome = "refused"
+            except BaseException as error:
+                shutil.copy(place, folder / "culprit")
+                raise AssertionError(f"{name} number {number}: {type(error).__name__}: {error}") from error
+            finally:
+                signal.alarm(0)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
+    assert grown < 2, f"{grown} GiB"
+    print(json.dumps(outcomes))
+
+
+def test_ten_thousand_damaged_files_are_read_or_refused(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import pathlib, test_cgn; test_cgn.fuzzed(pathlib.Path({str(tmp_path)!r}), 10_000)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    outcomes = json.loads(result.stdout.splitlines()[-1])
+    print(outcomes)
+    assert sum(outcomes.values()) >= 10_000 and min(outcomes["read"], outcomes["refused"]) > 1000
 
 
 # ------------------------------------------------------------------------------------------------------------- the project
