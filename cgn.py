@@ -527,6 +527,9 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
                 raise ValueError(f"step {done}: not finite: {row}; the last checkpoint is kept: try a smaller --lr")
             rate = (done - first) / (time.time() - started)
             log_row(out, {**row, "steps_per_second": round(rate, 2)})
+            if done == first + config["log_every"]:
+                print(f"{rate:.1f} steps/s, {(config['steps'] - done) / rate / 60:.1f} minutes to go; a sheet every "
+                      f"{config['sheet_every']} steps, beside checkpoint.pt, from which the same command continues")
             if sys.stdout.isatty():
                 print(f"\rstep {done}/{config['steps']}  {rate:.1f} steps/s  {(config['steps'] - done) / rate / 60:.1f} min "
                       f"left  discriminator {row['discriminator']:.2f}  mask mean {row['mask_mean']:.2f} ", end="", flush=True)
@@ -683,6 +686,9 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
         done = step + 1
         rate = (done - first) / (time.time() - started)
         log_row(out, {**row, "updates_per_second": float(f"{rate:.3g}")})
+        if done == first + 1:
+            print(f"{rate:.2g} updates/s, {(config['steps'] - done) / rate / 3600:.2f} hours to go; a sheet every "
+                  f"{config['sheet_every']} updates, beside checkpoint.pt, from which the same command continues")
         if not 0.1 <= row["mask_mean"] <= 0.9:
             print(f"update {done}: masks collapse, their mean is {row['mask_mean']:.3f} (appendix G: 0.1 .. 0.9)")
         if sys.stdout.isatty():
@@ -1243,6 +1249,9 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
     scoring = WEIGHTS / args.inception
     classifier = read_classifier(biggan.find_weights(scoring)).to(device) if scoring.exists() and not args.dry_run else None
     train_imagenet(config, model, biggan.load(teacher).to(device), StyleFeatures(style).to(device), out, device, classifier)
+    if not args.dry_run and int(os.environ.get("RANK", 0)) == 0:
+        print(f"done: open the last sheet in {out}; next: python cgn.py --checkpoint {out / 'checkpoint.pt'} "
+              "--counterfactuals 1000 --out counterfactuals")
 
 
 def random_networks(classes: int = 10, width: int = 16) -> tuple[dict, dict, dict]:
