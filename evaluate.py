@@ -240,7 +240,7 @@ def read_predictions(path: str) -> tuple[torch.Tensor, torch.Tensor]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure predictions, or how independent a CGN's mechanisms are.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_argument_group("what to measure").add_mutually_exclusive_group(required=True)
     what.add_argument("--predictions", help="CSV file with the columns label and prediction: accuracy and confusion")
     what.add_argument("--cue-conflict", help="CSV file with the columns file and decision (or imagename and object_response, as "
                       "published by Geirhos et al.), or with --ensemble the folder of images: shape bias")
@@ -249,12 +249,13 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--imagenet", help="with --ensemble: folder with one subfolder a class: top-1 and top-5 accuracy")
     what.add_argument("--cgn", help="checkpoint.pt of a CGN: the 3x3 table of its mechanisms, hidden digits, swapped classes")
     parser.add_argument("--ensemble", help="checkpoint.pt of classify.py --dataset imagenet: judge each head and their average")
-    parser.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
-    parser.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="train the readers in bfloat16")
-    parser.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
-    parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    how = parser.add_argument_group("readers of --cgn")
+    how.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
+    how.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
+    how.add_argument("--bf16", action="store_true", help="train the readers in bfloat16")
+    how.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
+    how.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="JSON file to write as well")
     return parser
 
