@@ -556,7 +556,8 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     if not sha256:
         print(f"weights.txt has no SHA-256 of {path.name}; it is {digest.hexdigest()}")
     elif not digest.hexdigest().startswith(sha256):     # torchvision publishes the first digits only
-        raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, but weights.txt lists {sha256}: remove it and fetch it again")
+        raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, but weights.txt lists {sha256}: remove it and fetch it again, "
+                         "or, if it is your own, write its hash there")
     return path
 
 

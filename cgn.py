@@ -646,7 +646,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if config["accumulate"] % ranks:
         raise ValueError(f"{config['accumulate']} images an update cannot be spread evenly over {ranks} processes")
-    weights = {name: weight for name, weight in LAMBDAS.items()
+    weights = {name: weight * (config["style_scale"] if name in ("perceptual", "texture") else 1) for name, weight in LAMBDAS.items()
                if not any(name in WITHOUT[part] for part in config["without"])}
     mechanisms = {"f_shape": model.f_shape, "f_text": model.f_text, "f_bg": model.f_bg}
     optimizer = torch.optim.Adam([{"params": list(mechanism.parameters()), "lr": lr}
@@ -1065,12 +1065,13 @@ FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (7
              (724, 869, 337), (833, 751, 958), (330, 607, 20), (849, 652, 429))
 NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__).parent / "weights"
 # The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
-# gives goes before either.
+# gives goes before either. style_scale: of the weights of L_perc and L_text; a narrow network's Gram matrices are larger, and
+# with 0.01 the texture loss makes all textures one flat colour, which costs it nothing.
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
-         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "sheet_every": 10, "scored": 5000,
-         "inception": "inception_v3_google-0cc3c7bd.pth"}
+         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scale": 1.0, "sheet_every": 10,
+         "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}
 MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 600,
-        "accumulate": 50, "batch": 50, "lrs": (8e-5, 1e-3, 1e-3), "patch": 4, "sheet_every": 100, "scored": 5000,
+        "accumulate": 50, "batch": 50, "lrs": (3e-5, 1e-4, 1e-4), "patch": 4, "style_scale": 0.001, "sheet_every": 100, "scored": 5000,
         "inception": "mini-classifier.pth"}
 
 
@@ -1242,7 +1243,7 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
               "truncation": 1.0 if args.truncation is None else args.truncation,
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
               "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"],
-              "scored": schedule["scored"], "relative_patch": args.relative_patch}
+              "scored": schedule["scored"], "style_scale": schedule["style_scale"], "relative_patch": args.relative_patch}
     print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
           f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {device}; writing to {out}")

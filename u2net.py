@@ -310,7 +310,8 @@ def _check(path: Path, sha256: str) -> Path:
     if not sha256:
         print(f"weights.txt has no SHA-256 of {path.name}; it is {digest.hexdigest()}")
     elif digest.hexdigest() != sha256:
-        raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, but weights.txt lists {sha256}: fetch it again")
+        raise ValueError(f"{path} has SHA-256 {digest.hexdigest()}, but weights.txt lists {sha256}: fetch it again, "
+                         "or, if it is your own, write its hash there")
     return path
 
 
