@@ -138,7 +138,7 @@ class BatchNorm(nn.Module):
         else:
             scale, offset = 1 + self.scale(condition), self.offset(condition)       # (N, C)
         if truncation is None:
-            mean, var = torch.zeros(2, x.shape[1], device=x.device)
+            mean, var = self.running_means.new_zeros(2, x.shape[1])
             x = F.batch_norm(x, mean, var, training=True, momentum=1.0, eps=EPSILON)
             self.batch = mean, var * (1 - x.shape[1] / x.numel())   # for measure_statistics; var has been divided by n - 1
         else:
@@ -418,7 +418,8 @@ class DiscriminatorBlock(nn.Module):
 
 class Discriminator(nn.Module):
     """x (N, 3, R, R) in [-1, 1], y (N,) long -> scores (N,): a head of `widths[0]` channels, then two blocks a width, the first
-    of which halves the image; the sum over pixels; a linear score and the class's projection."""
+    of which halves the image; the sum over pixels; a linear score and the class's projection. In training mode each call takes
+    one step of every spectral norm first."""
 
     def __init__(self, widths: Sequence[int], attention: Optional[int] = None, classes: int = 1000):
         super().__init__()
@@ -442,14 +443,14 @@ class Discriminator(nn.Module):
 
 
 def train(model: BigGAN, discriminator: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
-          batch: int = 64, lr: float = 4e-4, noise: float = 0.4, relativistic: bool = False, seed: int = 0,
-          average: float = 0.999, report=None) -> BigGAN:
+          batch: int = 64, lr: float = 4e-4, noise: float = 0.4, seed: int = 0, average: float = 0.999,
+          report=None) -> BigGAN:
     """Adversarial training with the hinge loss on uint8 images (N, 3, R, R) and labels (N,); returns the averaged generator.
 
-    Adam, betas (0.5, 0.99), the discriminator at twice `lr`, both falling to zero over the second half; `noise`: standard
-    deviation of what is added to all that the discriminator sees, fading to zero (Sonderby et al., 2017); `relativistic`: each
-    real image shall lead the generated one of its class (Jolicoeur-Martineau, 2019). The 51 rows of statistics are to be
-    measured afterwards, see `measure_statistics`. report(step, {loss: float}) is called every 50 steps.
+    discriminator: `Discriminator`, or any module that is called like it. Adam, betas (0.5, 0.99), the discriminator at twice
+    `lr`, both falling to zero over the second half; `noise`: standard deviation of what is added to all that the discriminator
+    sees, fading to zero (Sonderby et al., 2017). The 51 rows of statistics are to be measured afterwards, see
+    `measure_statistics`. report(step, {loss: float}) is called every 50 steps.
     """
     generator = torch.Generator().manual_seed(seed)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average))
@@ -463,21 +464,17 @@ def train(model: BigGAN, discriminator: nn.Module, images: torch.Tensor, labels:
         y = labels[chosen]
         fake = model(truncated_noise(batch, model.noise, generator=generator), y, None)
 
-        # Discriminator: raise the score of real images above 1, lower that of generated ones below -1; or their difference.
+        # Discriminator: raise the score of real images above 1, lower that of generated ones below -1.
         blur = noise * (1 - step / steps) * torch.randn(2 * batch, *x.shape[1:], generator=generator)
         real_score, fake_score = discriminator(torch.cat([x, fake.detach()]) + blur, torch.cat([y, y])).split(batch)
-        if relativistic:
-            loss_d = F.relu(1 - (real_score - fake_score)).mean()
-        else:
-            loss_d = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
+        loss_d = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
         optimizers[1].zero_grad()
         loss_d.backward()
         optimizers[1].step()
 
         # Generator: raise the score of generated images.
         discriminator.requires_grad_(False)
-        fake_score = discriminator(fake + blur[batch:], y)
-        loss_g = F.relu(1 - (fake_score - real_score.detach())).mean() if relativistic else -fake_score.mean()
+        loss_g = -discriminator(fake + blur[batch:], y).mean()
         optimizers[0].zero_grad()
         loss_g.backward()
         optimizers[0].step()

@@ -646,7 +646,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if config["accumulate"] % ranks:
         raise ValueError(f"{config['accumulate']} images an update cannot be spread evenly over {ranks} processes")
-    weights = {name: weight * (config["style_scale"] if name in ("perceptual", "texture") else 1) for name, weight in LAMBDAS.items()
+    scale = {"perceptual": config["style_scale"], "texture": config["style_scale"]}
+    weights = {name: weight * scale.get(name, 1) for name, weight in LAMBDAS.items()
                if not any(name in WITHOUT[part] for part in config["without"])}
     mechanisms = {"f_shape": model.f_shape, "f_text": model.f_text, "f_bg": model.f_bg}
     optimizer = torch.optim.Adam([{"params": list(mechanism.parameters()), "lr": lr}
@@ -1066,7 +1067,7 @@ FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (7
 NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__).parent / "weights"
 # The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
 # gives goes before either. style_scale: of the weights of L_perc and L_text; a narrow network's Gram matrices are larger, and
-# with 0.01 the texture loss makes all textures one flat colour, which costs it nothing.
+# where L_text outweighs the rest, all textures become one flat colour, which costs it nothing.
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
          "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scale": 1.0, "sheet_every": 10,
          "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}

@@ -1452,6 +1452,13 @@ def straight_line_terms(networks, raw, u, y, draws, patch):
             "texture": style(f, grid), "background": saliency(b).mean()}
 
 
+def test_the_style_terms_are_scaled_and_the_others_are_not(networks, tmp_path, monkeypatch):
+    step, seen = cgn.micro_step, []
+    monkeypatch.setattr(cgn, "micro_step", lambda *arguments: seen.append(arguments[6]) or step(*arguments))
+    imagenet_run(networks, tmp_path, steps=1, accumulate=1, style_scale=0.001)
+    assert seen == [{"l1": 100, "perceptual": 0.005, "binary": 300, "mask": 500, "texture": 0.005, "background": 2000}]
+
+
 @pytest.mark.parametrize("term", list(cgn.LAMBDAS))
 def test_every_term_and_its_gradient_equal_the_straight_line(networks, term):
     """Through spectral norm, held or not, into the stored weights of all three mechanisms; float64, relative error 1e-5."""
@@ -1623,6 +1630,15 @@ def test_counterfactuals_show_what_the_cgn_makes_of_their_noise_and_labels(image
         expected = model(tuple(u), tuple(y), 0.5)
     for made, wanted in zip(sample[:4], expected):
         assert torch.allclose(made, wanted, atol=1e-5)
+
+
+def test_counterfactuals_in_bfloat16_are_nearly_those_in_float32(imagenet_checkpoint, tmp_path):
+    for name, option in (("whole", ()), ("half", ("--bf16",))):
+        result = script("cgn.py", "--checkpoint", imagenet_checkpoint, "--counterfactuals", 4, "--out", tmp_path / name, *option)
+        assert result.returncode == 0, result.stderr
+    whole, half = (np.stack([np.array(Image.open(path)).astype(int) for path in sorted((tmp_path / name).glob("*.png"))])
+                   for name in ("whole", "half"))
+    assert 0 < np.abs(whole - half).mean() < 5 and (tmp_path / "whole" / "labels.csv").read_text() == (tmp_path / "half" / "labels.csv").read_text()
 
 
 def test_masks_and_backgrounds_are_written_beside_a_counterfactual(imagenet_checkpoint, tmp_path):
@@ -2212,9 +2228,8 @@ def test_defaults_are_the_documented_ones():
 
 # ------------------------------------------------------------------------------------- measurements at full size: no tests
 
-def full_size(folder):
-    """Random weights of the released sizes, as files in `folder`; their paths: teacher, three mechanisms, U-2-Net, VGG16."""
-    paths = [folder / f"{name}.pth" for name in ("teacher", "shape", "text", "bg", "u2net", "vgg16")]
+def full_size(paths):
+    """Writes random weights of the released sizes: teacher, three mechanisms, U-2-Net, VGG16."""
     for number, path in enumerate(paths[:4]):
         torch.save(raw_biggan(RELEASED, 8, 1000, 128, 128, seed=number), path)
     torch.save(random_u2net(u2net.FULL).state_dict(), paths[4])
@@ -2222,15 +2237,14 @@ def full_size(folder):
     vgg.features = cgn.make_layers([layer for count, width in zip((2, 2, 3, 3), (64, 128, 256, 512)) for layer in [width] * count + ["M"]],
                                    batch_norm=True)
     torch.save(vgg.state_dict(), paths[5])
-    return paths
 
 
 def measure(what, folder):
-    """`python test_cgn.py step | memory | draw | image`: the ImageNet CGN at full size with random weights. 5 minutes and 12 GB at most."""
-    folder = Path(folder)
-    paths = [folder / f"{name}.pth" for name in ("teacher", "shape", "text", "bg", "u2net", "vgg16")]
+    """`python test_cgn.py step | memory | draw | image [FOLDER]`: the ImageNet CGN at full size with random weights, which stay
+    in FOLDER. 5 minutes and 12 GB at most."""
+    paths = [Path(folder) / f"{name}.pth" for name in ("teacher", "shape", "text", "bg", "u2net", "vgg16")]
     if not paths[-1].exists():
-        full_size(folder)
+        full_size(paths)
     frozen, saliency = what in ("draw", "image"), u2net.load(paths[4])
     model = cgn.ImagenetCGN(*(biggan.load(path, frozen=frozen) for path in paths[1:4]), saliency)
     mechanisms = model.f_shape, model.f_text, model.f_bg
