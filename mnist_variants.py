@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 NAMES = ("colored", "double-colored", "wildlife")
-SPLITS = ("train", "val", "test")
+SPLITS = {"train": slice(50_000), "val": slice(50_000, 60_000), "test": slice(10_000)}     # of MNIST's training or test file
 SIZE = 32                                   # images are 32x32, digits scaled up from 28x28 by nearest neighbour
 
 MNIST_FILES = {  # file (without .gz): bytes and SHA-256 of the decompressed content
@@ -219,13 +219,10 @@ def load_parts(name: str, split: str, *, agreement: Union[float, tuple[float, fl
     if not (0 <= of_fore <= 1 and 0 <= of_back <= 1):
         raise ValueError(f"agreement is a probability in [0, 1], or two, not {agreement}")
 
-    digits, shape = read_mnist(split != "test", root)
-    if split != "test":
-        part = slice(0, 50_000) if split == "train" else slice(50_000, 60_000)
-        digits, shape = digits[part], shape[part]
+    digits, shape = (part[SPLITS[split]] for part in read_mnist(split != "test", root))
     mask = F.interpolate(digits[:, None], size=SIZE, mode="nearest")
 
-    generator = torch.Generator().manual_seed(len(SPLITS) * seed + SPLITS.index(split))
+    generator = torch.Generator().manual_seed(len(SPLITS) * seed + list(SPLITS).index(split))
     foreground = _other_labels(shape, of_fore, generator)
     background = _other_labels(shape, of_back, generator)
     if name == "colored":

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,12 @@ needs_dtd = pytest.mark.skipif(not DTD.is_dir(), reason=f"the paper's DTD pictur
 @pytest.fixture(autouse=True)
 def in_project(monkeypatch):
     monkeypatch.chdir(HERE)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Splits of 200 images: enough to see that the parts of a long command fit together."""
+    monkeypatch.setattr(mnist_variants, "SPLITS", {name: slice(200) for name in mnist_variants.SPLITS})
 
 
 def script(name, *arguments):
@@ -571,7 +578,7 @@ def test_sources_mix_in_the_stated_numbers():
         assert [(y.item(), n) for _, y, n in mixed] == [(0, share), (3, 64 - share)]
 
 
-def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path):
+def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_images):
     command = ("classify.py", "--dataset", "colored", "--method", "irm-2", "lntl", "original+gan", "original+cgn", "--seeds", 0,
                "--count", 100, "--steps", 3, "--generator-steps", 2, "--runs", tmp_path)
     result = script(*command)
@@ -582,7 +589,7 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path):
     assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
 
 
-def test_the_figure_runs_end_to_end():
+def test_the_figure_runs_end_to_end(few_images):
     result = script("classify.py", "--figure", "--dataset", "colored", "--dry-run")
     assert result.returncode == 0 and "figure7-colored.png" in result.stdout, result.stderr
     assert result.stdout.count("colored, original+cgn, seed 0") == 5
@@ -764,7 +771,7 @@ def test_predictions_of_any_system_are_judged(tmp_path):
         one_line(script("evaluate.py", "--predictions", tmp_path / "p.csv"), word)
 
 
-def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path):
+def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path, few_images):
     result = script("evaluate.py", "--cgn", trained / "checkpoint.pt", "--samples", 50, "--reader-steps", 3, "--out",
                     tmp_path / "d.json")
     assert result.returncode == 0, result.stderr
@@ -1726,13 +1733,14 @@ def test_missing_big_networks_are_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- miniature
 
-def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, capsys):
+def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_images):
     """Two steps of each network, of narrow ones, and of each CGN of Table 1: the commands fit together."""
     monkeypatch.setattr(miniature, "GENERATOR", ((8, 8),) * 6)
     monkeypatch.setattr(cgn, "WEIGHTS", tmp_path)
     for module in (biggan, u2net):
         monkeypatch.setattr(module, "find_weights", Path)           # whose hashes weights.txt does not list
     monkeypatch.setitem(cgn.MINI, "scored", 20)
+    monkeypatch.setattr(biggan, "measure_statistics", partial(biggan.measure_statistics, batches=1, batch=4))
     miniature.main(["teacher", "saliency", "style", "classifier", "--steps", "2", "--bf16", "--out", str(tmp_path)])
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"mini-{name}.pth" for name in ("classifier", "saliency", "style", "teacher")]
     table = miniature.table1(tmp_path / "runs", samples=20, options=["--steps=2", "--accumulate=4", "--batch=4"])
