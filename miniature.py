@@ -11,6 +11,7 @@ pre-trained network of the paper is a small one, trained in minutes on a CPU:
     python miniature.py teacher saliency style classifier     # writes weights/mini-*.pth
     python miniature.py table1                                # the paper's Table 1: one loss off at a time
     python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap of the ensemble
+    python miniature.py patches                               # appendix F: patches that follow the object's size
 """
 import argparse
 import itertools
@@ -173,10 +174,35 @@ def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 100_0
     return "\n".join(lines)
 
 
+@torch.no_grad()
+def patches(*, samples: int = 2000, steps: int = 4000, seed: int = 0, mnist: str = "data/mnist", bf16: bool = False) -> str:
+    """Appendix F as Markdown: patch grids of digits in two sizes, with patches of one side and with some that follow the size.
+
+    How much of a grid is object (the rest is background that f would learn), and how often a reader, trained on real digits in
+    random textures, finds the object's label in the grid, seen through the whole digit.
+    """
+    train = mnist_variants.load(DATASET, "train", agreement=0.1, seed=seed, root=mnist)
+    with torch.enable_grad():
+        reader = classify.fit([(train.images, train.foreground, classify.BATCH)], steps, seed, bf16=bf16)
+    (mask, *textures), labels = mnist_variants.load_parts(DATASET, "val", seed=seed, root=mnist)
+    mask, (f, b), label = mask[:samples], (cgn.to_float(part[:samples]) for part in textures), labels[1][:samples]
+    draws, side = torch.rand(len(mask), cgn.PATCHES ** 2, generator=torch.Generator().manual_seed(seed)), cgn.MINI["patch"]
+    whole = mask.float() / 255
+    lines = ["| digits | patches | object in the grid | texture's label read |", "|---" * 4 + "|"]
+    for name, margin in (("whole", 0), ("half as high", mnist_variants.SIZE // 4)):
+        m = F.pad(F.interpolate(mask, mnist_variants.SIZE - 2 * margin), (margin,) * 4).float() / 255
+        relative = cgn.relative_patch(m, side)
+        for kind, patch in ((f"{side} pixels", side), (f"{relative.float().mean():.1f} pixels, by size", relative)):
+            grid, share = (cgn.patch_grid(x, m, draws, patch) for x in (cgn.compose(m, f, b), m.expand(-1, 3, -1, -1)))
+            found = torch.cat([reader(part).argmax(dim=1) for part in cgn.compose(whole, grid, b).split(500)])
+            lines.append(f"| {name} | {kind} | {100 * share.mean():.1f} % | {100 * evaluate.accuracy(found, label):.1f} % |")
+    return "\n".join(lines)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Make the miniature's weights.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("what", nargs="+", choices=(*STEPS, "table1", "tables34"), help="networks to train, or a table to make")
+    parser.add_argument("what", nargs="+", choices=(*STEPS, "table1", "tables34", "patches"), help="networks to train, or a table to make")
     parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS}, table1 as cgn.py --mini)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
@@ -196,6 +222,9 @@ def main(argv: Optional[list[str]] = None) -> None:
         for what in args.what:
             if what == "tables34":
                 print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist))
+                continue
+            if what == "patches":
+                print(patches(seed=args.seed, steps=args.steps or 4000, mnist=args.mnist, bf16=args.bf16))
                 continue
             if what == "table1":
                 print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet50_Weights
 from torchvision.transforms import functional as F_image
 
@@ -2248,8 +2249,8 @@ def full_size(paths):
 
 
 def measure(what, folder):
-    """`python test_cgn.py step | memory | draw | image [FOLDER]`: the ImageNet CGN at full size with random weights, which stay
-    in FOLDER. 5 minutes and 12 GB at most."""
+    """`python test_cgn.py step | parts | memory | draw | image [FOLDER]`: the ImageNet CGN at full size with random weights, which
+    stay in FOLDER. 5 minutes and 12 GB at most."""
     paths = [Path(folder) / f"{name}.pth" for name in ("teacher", "shape", "text", "bg", "u2net", "vgg16")]
     if not paths[-1].exists():
         full_size(paths)
@@ -2282,6 +2283,27 @@ def measure(what, folder):
         optimizer.zero_grad()
         held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
         print(f"peak memory of two micro-steps around an optimiser step: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+        return
+    if what == "parts":
+        def report(name, run):
+            with FlopCounterMode(display=False) as flops:
+                held(run)
+            seconds, billions = min(held(lambda: clock(run)) for _ in range(2)), flops.get_total_flops() / 1e9
+            print(f"{name}: {seconds:.2f} s, {billions:.0f} GFLOP, {billions / seconds:.0f} GFLOP/s")
+
+        @torch.no_grad()
+        def teach():
+            return teacher(u, y)
+
+        teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))
+        report("teacher, forward", teach)
+        report("three mechanisms, forward and backward", lambda: sum(mechanism(u, y).sum() for mechanism in mechanisms).backward())
+        x_gt, leaf = teach(), model.f_shape(u, y).detach().requires_grad_()
+        report("U-2-Net of the mask, forward and backward", lambda: model.saliency(leaf).sum().backward())
+        leaves = [part.detach().requires_grad_() for part in model(u, y)[:3]]
+        for name in cgn.LAMBDAS:
+            report(f"{name}, forward and backward", lambda: next(
+                cgn.imagenet_losses(model, *leaves, x_gt, style, draws, terms=(name,)))[1].backward())
         return
     raw = [torch.load(path) for path in paths[1:4]]
     networks = [torch.load(path) for path in (paths[0], paths[4], paths[5])]
@@ -2329,7 +2351,6 @@ def measure(what, folder):
     for dtype in (torch.float, torch.bfloat16):
         a = torch.randn(2048, 2048).to(dtype)
         print(f"matrix product of {dtype}: {2 * 2048 ** 3 / min(clock(lambda: a @ a) for _ in range(5)) / 1e9:.0f} GFLOP/s")
-    from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as flops:
         held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
     print(f"{flops.get_total_flops() / 1e9:.0f} GFLOP in a micro-step")
