@@ -27,6 +27,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -385,31 +386,33 @@ def figure6(data: mnist_variants.Variant, path: Path, steps: int, seed: int = 0,
 
 
 def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title: str) -> None:
-    """Points (x, y in percent) of named curves as a PNG, x on a logarithmic scale; curves differ in line and marker too."""
-    width, height, left, top, font = 560, 360, 60, 40, ImageFont.load_default(13)
+    """Up to six named curves of points (x > 0, y in percent) as a PNG, x on a logarithmic scale; they differ in width too."""
+    width, height, left, top, font = 620, 360, 60, 40, ImageFont.load_default(13)
     points = [point for curve in curves.values() for point in curve]
-    x_low, x_high = (torch.tensor([f(x for x, _ in points)]).log10().item() for f in (min, max))
-    y_low, y_high = min(y for _, y in points) // 5 * 5, 100
+    x_low, x_high = (math.log10(f(x for x, _ in points)) for f in (min, max))
+    y_low, y_high = int(min(y for _, y in points) // 5 * 5), 100
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (torch.tensor(float(x)).log10().item() - x_low) / max(x_high - x_low, 1e-9)
-        return left + across * (width - left - 90), height - 40 - (y - y_low) / (y_high - y_low) * (height - 40 - top)
+        across = (math.log10(x) - x_low) / max(x_high - x_low, 1e-9)
+        return left + across * (width - left - 130), height - 40 - (y - y_low) / (y_high - y_low) * (height - 40 - top)
 
     picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((left, 10), title, "black", font)
-    for y in range(int(y_low), y_high + 1, 5):
+    for y in range(y_low, y_high + 1, 5 if y_high - y_low <= 40 else 10):
         draw.line([place(10 ** x_low, y), place(10 ** x_high, y)], "#dddddd")
         draw.text((20, place(10 ** x_low, y)[1] - 8), str(y), "black", font)
     for x in sorted({x for x, _ in points}):
         draw.text((place(x, y_low)[0] - 15, height - 32), f"{x:,}", "black", font)
-    for number, (name, curve) in enumerate(curves.items()):
-        color = ("#0072b2", "#d55e00", "#000000")[number]                       # Okabe & Ito: safe for colour blindness
+    free = height                                                               # names stand beside the curves' ends, none over another
+    for number, (name, curve) in sorted(enumerate(curves.items()), key=lambda pair: pair[1][1][-1][1]):
+        color = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#e69f00")[number]      # Okabe & Ito: safe for colour blindness
         corners = [place(*point) for point in curve]
-        draw.line(corners, color, 1 + 2 * number)
+        draw.line(corners, color, 1 + number)
         for x, y in corners:
-            (draw.ellipse if number else draw.rectangle)([x - 5, y - 5, x + 5, y + 5], outline=color, width=2)
-        draw.text((corners[-1][0] + 8, corners[-1][1] - 8), name, color, font)
+            (draw.ellipse if number % 2 else draw.rectangle)([x - 4, y - 4, x + 4, y + 4], outline=color, width=2)
+        free = min(free - 15, corners[-1][1] - 8)
+        draw.text((width - 120, free), name, color, font)
     mnist_variants.save_png(path, picture)
 
 

@@ -112,8 +112,11 @@ def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mn
 
 @torch.no_grad()
 def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[str] = ()) -> str:
-    """Table 1 as Markdown: trains a CGN with all losses, and one with each of them off, where `runs` does not hold it yet."""
-    lines = ["| losses | IS | mean mask |", "|---|---|---|"]
+    """Table 1 as Markdown: trains a CGN with all losses, and one with each of them off, where `runs` does not hold it yet.
+
+    Writes how the mean mask of each went (appendix G) as `runs`/masks.png.
+    """
+    lines, curves = ["| losses | IS | mean mask |", "|---|---|---|"], {}
     for off in (None, *cgn.WITHOUT):
         out = runs / f"mini-without-{off}" if off else runs / "mini"
         with torch.enable_grad():
@@ -123,7 +126,11 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
         u, y, _ = cgn.draw_training(model, seed, range(samples), 1.0)
         score = cgn.inception_score(model, cgn.read_classifier(cgn.WEIGHTS / cgn.MINI["inception"]), samples, seed=seed)
         area = torch.cat([model.saliency(model.f_shape(u_k, y_k)).mean(dim=(1, 2, 3)) for u_k, y_k in zip(u.split(500), y.split(500))])
-        lines.append(f"| {f'without {off}' if off else 'all'} | {score:.2f} | {100 * area.mean():.1f} ± {100 * area.std():.1f} % |")
+        name, rows = f"without {off}" if off else "all", cgn.read_lines(out / "log.jsonl")[1:]
+        shown = {*(2 ** k for k in range(12)), model.step}
+        curves[name] = [(row["step"], 100 * row["mask_mean"]) for row in rows if "mask_mean" in row and row["step"] in shown]
+        lines.append(f"| {name} | {score:.2f} | {100 * area.mean():.1f} ± {100 * area.std():.1f} % |")
+    classify.save_curves(runs / "masks.png", curves, "mean mask in % against updates, with one loss off (Table 1)")
     return "\n".join(lines)
 
 
@@ -220,17 +227,15 @@ def main(argv: Optional[list[str]] = None) -> None:
         if args.threads:
             torch.set_num_threads(args.threads)
         for what in args.what:
-            if what == "tables34":
-                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist))
-                continue
-            if what == "patches":
-                print(patches(seed=args.seed, steps=args.steps or 4000, mnist=args.mnist, bf16=args.bf16))
-                continue
-            if what == "table1":
+            if what in STEPS:
+                make(what, Path(args.out), steps=args.steps, seed=args.seed, mnist=args.mnist, bf16=args.bf16)
+            elif what == "table1":
                 print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in
                              ("steps", "threads") if getattr(args, name)] + ["--bf16"] * args.bf16))
-                continue
-            make(what, Path(args.out), steps=args.steps, seed=args.seed, mnist=args.mnist, bf16=args.bf16)
+            elif what == "tables34":
+                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist))
+            else:
+                print(patches(seed=args.seed, steps=args.steps or 4000, mnist=args.mnist, bf16=args.bf16))
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

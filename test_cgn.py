@@ -1748,11 +1748,16 @@ def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert [row[0] for row in rows] == ["| all", "| without shape", "| without text", "| without bg", "| without rec"]
     assert all(1 <= float(row[1]) <= 10 for row in rows)
+    assert Image.open(tmp_path / "runs" / "masks.png").size == (620, 360)
     held = json.loads((tmp_path / "runs" / "mini-without-bg" / "log.jsonl").read_text().splitlines()[1])
     assert "background" not in held and "texture" in held
     table = miniature.tables34(tmp_path / "runs", steps=2, count=100)
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| real"] + [
         f"| real + CGN{head}" for head in ("/shape", "/texture", "/background", "")]
+    table = miniature.patches(samples=20, steps=2).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in table] == ["| whole"] * 2 + ["| half as high"] * 2
+    shares = [float(row.split(" | ")[2].split()[0]) for row in table]
+    assert shares[3] > shares[2] + 10 and min(shares[0], shares[1], shares[3]) > 95
     result = script("evaluate.py", "--cgn", tmp_path / "runs" / "mini" / "checkpoint.pt", "--samples", 20, "--reader-steps", 1)
     assert result.returncode == 0 and "IoU with what is salient" in result.stdout, result.stderr
 
