@@ -586,14 +586,14 @@ def save_sheet(model: BigGAN, chosen: dict[int, str], count: int, truncation: fl
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Draw images from a BigGAN-deep with released weights.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("--weights", default=str(Path(__file__).parent / "weights" / WEIGHTS), help="raw state dict of a "
-                        f"BigGAN-deep of any size (default: weights/{WEIGHTS}, fetched where it is absent)")
     parser.add_argument("--classes", default="0,1,2,3", help="numbers or ImageNet names, with commas (default: %(default)s)")
     parser.add_argument("--truncation", type=float, default=0.5, help="0.02, alike and typical, .. 1, varied (default: 0.5)")
     parser.add_argument("--count", type=int, default=4, help="images a class (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--out", default="sheet.png", help="PNG file to write (default: %(default)s)")
+    parser.add_argument("--weights", default=str(Path(__file__).parent / "weights" / WEIGHTS), help="raw state dict of a "
+                        f"BigGAN-deep of any size (default: weights/{WEIGHTS}, fetched where it is absent)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny network with random weights; nothing is kept")
     return parser
 
@@ -611,6 +611,8 @@ def main(argv: Optional[list[str]] = None) -> None:
         chosen = class_numbers(args.classes, model.classes)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "sheet.png" if args.dry_run else Path(args.out)
+            print(f"{len(chosen)} classes, {args.count} images of {model.resolution} x {model.resolution} pixels each, truncation "
+                  f"{args.truncation}; writing {out}", flush=True)
             save_sheet(model, chosen, args.count, args.truncation, args.seed, out)
         print("dry run finished; nothing is kept" if args.dry_run else f"wrote {out}")
     except (ValueError, OSError) as error:

@@ -548,7 +548,8 @@ def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: tor
 
     m, f, b: what the mechanisms made; x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and y; draws (N, 36):
     see `patch_grid`; relative: see `relative_patch`. One term is computed when the one before has been used, so that two graphs
-    never need memory at once.
+    never need memory at once. DEVIATION: patches of L_text come from x_gt (authors' code), not from x_gen, whose textures they
+    would smooth ever more: enlarging the grid blurs it.
     """
     m, f, b = (_at_least_float(part) for part in (m, f, b))
 
@@ -559,8 +560,7 @@ def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: tor
 
     compute = {"l1": lambda: (compose(m, f, b) - x_gt).abs().mean(), "perceptual": lambda: style_loss(compose(m, f, b), x_gt),
                "binary": lambda: binary_entropy(m), "mask": lambda: mask_interval(m),
-               "texture": lambda: style_loss(f, patch_grid(compose(m, f, b), m, draws,
-                                                           relative_patch(m, patch) if relative else patch)),
+               "texture": lambda: style_loss(f, patch_grid(x_gt, m, draws, relative_patch(m, patch) if relative else patch)),
                "background": lambda: model.saliency(b).mean()}
     for name in terms:
         yield name, compute[name]()
@@ -1066,13 +1066,12 @@ FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (7
              (724, 869, 337), (833, 751, 958), (330, 607, 20), (849, 652, 429))
 NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__).parent / "weights"
 # The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
-# gives goes before either. style_scale: of the weights of L_perc and L_text; a narrow network's Gram matrices are larger, and
-# where L_text outweighs the rest, all textures become one flat colour, which costs it nothing.
+# gives goes before either. style_scale: of the weights of L_perc and L_text, since a narrow network's Gram matrices are larger.
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
          "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scale": 1.0, "sheet_every": 10,
          "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}
-MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 600,
-        "accumulate": 50, "batch": 50, "lrs": (3e-5, 1e-4, 1e-4), "patch": 4, "style_scale": 0.001, "sheet_every": 100, "scored": 5000,
+MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 400,
+        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "patch": 4, "style_scale": 0.01, "sheet_every": 100, "scored": 5000,
         "inception": "mini-classifier.pth"}
 
 
@@ -1237,7 +1236,8 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
         except ValueError as error:
             raise ValueError(f"{error}. {'The' if args.mini else 'In miniature: --mini, whose'} networks are made by python "
                              "miniature.py teacher saliency style classifier") from None
-    model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency)).to(device)
+    model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency))
+    model = model.to(device, memory_format=torch.channels_last)
     names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
     config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
               "steps": args.steps, "batch": args.batch, "accumulate": args.accumulate, "lr": list(args.lrs),
@@ -1250,7 +1250,8 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
           f"{torch.get_num_threads()} threads, {device}; writing to {out}")
     scoring = WEIGHTS / args.inception
     classifier = read_classifier(biggan.find_weights(scoring)).to(device) if scoring.exists() and not args.dry_run else None
-    train_imagenet(config, model, biggan.load(teacher).to(device), StyleFeatures(style).to(device), out, device, classifier)
+    teacher, style = (network.to(device, memory_format=torch.channels_last) for network in (biggan.load(teacher), StyleFeatures(style)))
+    train_imagenet(config, model, teacher, style, out, device, classifier)
     if not args.dry_run and int(os.environ.get("RANK", 0)) == 0:
         print(f"done: open the last sheet in {out}; next: python cgn.py --checkpoint {out / 'checkpoint.pt'} "
               "--counterfactuals 1000 --out counterfactuals")

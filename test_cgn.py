@@ -1452,7 +1452,7 @@ def straight_line_terms(networks, raw, u, y, draws, patch):
     pre, f, b = (plain_biggan(state, u, y, 50) for state in raw)
     m = saliency(pre)
     x = m * f + (1 - m) * b
-    grid = cgn.patch_grid(x, m, draws, patch).to(u)
+    grid = cgn.patch_grid(x_gt, m, draws, patch).to(u)
     clamped, mean_mask = m.clamp(1e-4, 1 - 1e-4), m.mean((1, 2, 3))
     return {"l1": (x - x_gt).abs().mean(), "perceptual": style(x, x_gt),
             "binary": -(clamped * clamped.log2() + (1 - clamped) * (1 - clamped).log2()).mean(),
