@@ -372,6 +372,28 @@ def test_the_masks_margin_is_background():
 
 # ------------------------------------------------------------------------------------------------------------ cgn: training
 
+def test_the_noise_on_what_the_discriminator_sees_fades_to_nothing(tmp_path, monkeypatch):
+    seen, forward = [], cgn.Discriminator.forward
+
+    def watched(self, x, y):
+        if len(x) == 2 * 64:                                                        # its own turn: real images, then generated ones
+            seen.append(x[:64].std().item())
+        return forward(self, x, y)
+
+    monkeypatch.setattr(cgn.Discriminator, "forward", watched)
+    grey = torch.full((64, 3, 32, 32), 128, dtype=torch.uint8)
+    cgn.train(tiny_config(batch=64, steps=3, noise=0.3), grey, torch.arange(64) % 10, tmp_path)
+    assert seen == pytest.approx([0.3, 0.2, 0.1], rel=0.02)
+
+
+def test_the_average_moves_slowly():
+    old, new = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    torch.nn.init.constant_(old.weight, 1.0)
+    torch.nn.init.constant_(new.weight, 2.0)
+    cgn._update_average(old, new, 0.9)
+    assert abs(old.weight.item() - 1.1) < 1e-6 and new.weight.item() == 2.0
+
+
 def test_training_writes_log_sheet_and_checkpoint(trained):
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert lines[0]["seed"] == 3 and [line["step"] for line in lines[1:]] == [1, 2, 3, 4, 5, 6]
