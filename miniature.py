@@ -135,11 +135,11 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
 
 
 def train_ensemble(out: Path, real: mnist_variants.Variant, counterfactuals: Optional[mnist_variants.Variant], steps: int,
-                   seed: int) -> classify.Ensemble:
+                   seed: int, bf16: bool = False) -> classify.Ensemble:
     """Three heads on real images and counterfactuals, batches of 64 each, or without counterfactuals one head, on real ones."""
     torch.manual_seed(seed)
     model = classify.Ensemble(classify.Classifier(), 1 if counterfactuals is None else 3)
-    config = {"steps": steps, "seed": seed, "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": False,
+    config = {"steps": steps, "seed": seed, "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": bf16,
               "milestones": [steps // 2, 3 * steps // 4], "save_every": 1000}
 
     def draws(images: torch.Tensor, labels: torch.Tensor) -> Callable:
@@ -155,7 +155,8 @@ def train_ensemble(out: Path, real: mnist_variants.Variant, counterfactuals: Opt
 
 
 @torch.no_grad()
-def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 100_000, mnist: str = "data/mnist") -> str:
+def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 50_000, mnist: str = "data/mnist",
+             bf16: bool = False) -> str:
     """Tables 3 and 4 as Markdown, from `count` counterfactuals of the CGN in `runs`/mini: shape bias, and accuracy on the test
     split, whose digits no network has seen, with textures that agree (mixed-same) and with any background (mixed-rand)."""
     model = cgn.load(runs / "mini" / "checkpoint.pt")
@@ -164,9 +165,11 @@ def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 100_0
             (("mixed_same", mnist_variants.MIXED_SAME), ("mixed_rand", mnist_variants.MIXED_RAND),
              ("cue-conflict", mnist_variants.CUE_CONFLICT))}
     rows = {}
-    for name, counterfactuals in (("real", None), ("real + CGN", cgn.counterfactuals(model, count, seed, per_shape=1))):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        drawn = cgn.counterfactuals(model, count, seed, per_shape=1)
+    for name, counterfactuals in (("real", None), ("real + CGN", drawn)):
         with torch.enable_grad():
-            ensemble = train_ensemble(runs / f"mini-{name.replace(' ', '')}", real, counterfactuals, steps, seed)
+            ensemble = train_ensemble(runs / f"mini-{name.replace(' ', '')}", real, counterfactuals, steps, seed, bf16)
         scores = {key: torch.cat([ensemble(u2net.normalise(part.float() / 255)) for part in data.images.split(500)])
                   for key, data in sets.items()}
         for number, head in enumerate(cgn.MECHANISMS if counterfactuals else ()):
@@ -233,7 +236,7 @@ def main(argv: Optional[list[str]] = None) -> None:
                 print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in
                              ("steps", "threads") if getattr(args, name)] + ["--bf16"] * args.bf16))
             elif what == "tables34":
-                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist))
+                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist, bf16=args.bf16))
             else:
                 print(patches(seed=args.seed, steps=args.steps or 4000, mnist=args.mnist, bf16=args.bf16))
     except (ValueError, OSError) as error:
