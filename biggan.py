@@ -593,7 +593,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="sheet.png", help="PNG file to write (default: %(default)s)")
     parser.add_argument("--weights", default=str(Path(__file__).parent / "weights" / WEIGHTS), help="raw state dict of a "
                         f"BigGAN-deep of any size (default: weights/{WEIGHTS}, fetched where it is absent)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
     parser.add_argument("--dry-run", action="store_true", help="a tiny network with random weights; nothing is kept")
     return parser
 
@@ -606,7 +606,7 @@ def main(argv: Optional[list[str]] = None) -> None:
             raise ValueError(f"--count {args.count}, --seed {args.seed}, --threads {args.threads}: possible are 1 to 100, 0 or "
                              "more, 1 or more")
         if args.threads:
-            torch.set_num_threads(args.threads)
+            torch.set_num_threads(min(args.threads, os.cpu_count()))
         model = BigGAN([(32, 16), (16, 8)]).freeze() if args.dry_run else load(find_weights(args.weights))
         chosen = class_numbers(args.classes, model.classes)
         with tempfile.TemporaryDirectory() as folder:

@@ -646,7 +646,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     rank, ranks = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if config["accumulate"] % ranks:
         raise ValueError(f"{config['accumulate']} images an update cannot be spread evenly over {ranks} processes")
-    scale = {"perceptual": config["style_scale"], "texture": config["style_scale"]}
+    scale = dict(zip(("perceptual", "texture"), config["style_scales"]))
     weights = {name: weight * scale.get(name, 1) for name, weight in LAMBDAS.items()
                if not any(name in WITHOUT[part] for part in config["without"])}
     mechanisms = {"f_shape": model.f_shape, "f_text": model.f_text, "f_bg": model.f_bg}
@@ -1066,12 +1066,12 @@ FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (7
              (724, 869, 337), (833, 751, 958), (330, 607, 20), (849, 652, 429))
 NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__).parent / "weights"
 # The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
-# gives goes before either. style_scale: of the weights of L_perc and L_text, since a narrow network's Gram matrices are larger.
+# gives goes before either. style_scales: of the weights of L_perc and L_text, since a narrow network's Gram matrices are larger.
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
-         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scale": 1.0, "sheet_every": 10,
+         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scales": (1.0, 1.0), "sheet_every": 10,
          "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}
 MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 400,
-        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "patch": 4, "style_scale": 0.01, "sheet_every": 100, "scored": 5000,
+        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "patch": 4, "style_scales": (0.01, 0.1), "sheet_every": 100, "scored": 5000,
         "inception": "mini-classifier.pth"}
 
 
@@ -1097,7 +1097,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--out", help="folder of the run, continued if it is there (default: runs/DATASET), or file to write")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--device", default="cpu")
-    run.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    run.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
     run.add_argument("--dry-run", action="store_true", help="two training steps, written to a temporary folder")
 
     mechanisms = parser.add_argument_group("mechanisms (section 3.1)")
@@ -1163,14 +1163,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
     try:
         for name in ("steps", "batch", "threads"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed}: must be 0 or more")
+        if args.threads:
+            torch.set_num_threads(min(args.threads, os.cpu_count()))
         if args.checkpoint:
             with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
                 _sample_main(args)
@@ -1244,7 +1244,7 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
               "truncation": 1.0 if args.truncation is None else args.truncation,
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
               "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"],
-              "scored": schedule["scored"], "style_scale": schedule["style_scale"], "relative_patch": args.relative_patch}
+              "scored": schedule["scored"], "style_scales": list(schedule["style_scales"]), "relative_patch": args.relative_patch}
     print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
           f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {device}; writing to {out}")

@@ -741,7 +741,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--runs", default="runs", help="folder of generators and of results.jsonl (default: %(default)s)")
     run.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe: faster on a CPU with AMX")
     run.add_argument("--device", default="cpu")
-    run.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    run.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
     run.add_argument("--dry-run", action="store_true", help="the same in miniature, in a temporary folder")
 
     imagenet = parser.add_argument_group("the ensemble, --dataset imagenet (section 4.3, C.4)")
@@ -779,7 +779,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         if args.figure and args.count < 10:
             raise ValueError(f"--count {args.count}: --figure needs at least 10")
         if args.threads:
-            torch.set_num_threads(args.threads)
+            torch.set_num_threads(min(args.threads, os.cpu_count()))
         if args.dry_run:
             args.count, args.steps, args.generator_steps, args.seeds = 100, 2, 2, args.seeds[:1]
         with tempfile.TemporaryDirectory() as folder:

@@ -15,6 +15,7 @@ pre-trained network of the paper is a small one, trained in minutes on a CPU:
 """
 import argparse
 import itertools
+import os
 import time
 from pathlib import Path
 from typing import Callable, Optional, Sequence
@@ -136,21 +137,23 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
 
 def train_ensemble(out: Path, real: mnist_variants.Variant, counterfactuals: Optional[mnist_variants.Variant], steps: int,
                    seed: int, bf16: bool = False) -> classify.Ensemble:
-    """Three heads on real images and counterfactuals, batches of 64 each, or without counterfactuals one head, on real ones."""
+    """Three heads on counterfactuals and as few real images as `classify` mixes in, or without counterfactuals one head on
+    real ones. On real images the average of the heads takes the easy way, the texture, and draws all heads along."""
     torch.manual_seed(seed)
     model = classify.Ensemble(classify.Classifier(), 1 if counterfactuals is None else 3)
     config = {"steps": steps, "seed": seed, "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": bf16,
               "milestones": [steps // 2, 3 * steps // 4], "save_every": 1000}
 
-    def draws(images: torch.Tensor, labels: torch.Tensor) -> Callable:
+    def draws(images: torch.Tensor, labels: torch.Tensor, size: int) -> Callable:
         def from_step(first: int):
             for step in itertools.count(first):
-                chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(images), size=64))
+                chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(images), size=size))
                 yield images[chosen].float() / 255, labels[chosen]
         return from_step
 
-    fakes = counterfactuals and draws(counterfactuals.images, torch.stack(counterfactuals[1:], dim=1))
-    classify.train_ensemble(config, model, draws(real.images, real.shape), fakes, out)
+    share = classify.REAL_SHARE["cgn"] if counterfactuals else classify.BATCH
+    fakes = counterfactuals and draws(counterfactuals.images, torch.stack(counterfactuals[1:], dim=1), classify.BATCH - share)
+    classify.train_ensemble(config, model, draws(real.images, real.shape, share), fakes, out)
     return model.eval()
 
 
@@ -219,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", default="weights", help="folder of the networks (default: %(default)s)")
     parser.add_argument("--runs", default="runs", help="folder of the trained CGNs (default: %(default)s)")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
     return parser
 
 
@@ -227,8 +230,11 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
+        for name in ("steps", "threads"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if args.threads:
-            torch.set_num_threads(args.threads)
+            torch.set_num_threads(min(args.threads, os.cpu_count()))
         for what in args.what:
             if what in STEPS:
                 make(what, Path(args.out), steps=args.steps, seed=args.seed, mnist=args.mnist, bf16=args.bf16)

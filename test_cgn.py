@@ -1379,7 +1379,7 @@ def imagenet_model(networks, frozen=False):
 def imagenet_config(**changes):
     return {"model": "imagenet", "dataset": "imagenet", "names": [f"class {k}" for k in range(10)], "seed": 3, "steps": 3,
             "align_corners": False, "batch": 1, "accumulate": 6, "lr": [1e-4, 2e-4, 3e-4], "truncation": 1.0, "patch": 5,
-            "without": [], "bf16": False, "networks": {}, "sheet_every": 1, "relative_patch": False, "style_scale": 1.0, **changes}
+            "without": [], "bf16": False, "networks": {}, "sheet_every": 1, "relative_patch": False, "style_scales": [1.0, 1.0], **changes}
 
 
 def imagenet_run(states, out, classifier=None, **changes):
@@ -1485,8 +1485,8 @@ def straight_line_terms(networks, raw, u, y, draws, patch):
 def test_the_style_terms_are_scaled_and_the_others_are_not(networks, tmp_path, monkeypatch):
     step, seen = cgn.micro_step, []
     monkeypatch.setattr(cgn, "micro_step", lambda *arguments: seen.append(arguments[6]) or step(*arguments))
-    imagenet_run(networks, tmp_path, steps=1, accumulate=1, style_scale=0.001)
-    assert seen == [{"l1": 100, "perceptual": 0.005, "binary": 300, "mask": 500, "texture": 0.005, "background": 2000}]
+    imagenet_run(networks, tmp_path, steps=1, accumulate=1, style_scales=[0.001, 0.01])
+    assert seen == [{"l1": 100, "perceptual": 0.005, "binary": 300, "mask": 500, "texture": 0.05, "background": 2000}]
 
 
 @pytest.mark.parametrize("term", list(cgn.LAMBDAS))
@@ -2003,6 +2003,8 @@ def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
     (("cgn.py", "--steps", "0"), ("--steps 0", "at least 1")),
     (("cgn.py", "--batch", "-3"), ("--batch -3",)),
     (("cgn.py", "--seed", "-1"), ("--seed -1",)),
+    (("cgn.py", "--threads", "-1"), ("--threads -1",)),
+    (("miniature.py", "style", "--steps", "-1"), ("--steps -1",)),
     (("cgn.py", "--shuffle", "cut"), ("cut", "shift")),
     (("cgn.py", "--checkpoint", "nowhere.pt", "--counterfactuals", "5"), ("nowhere.pt", "train first")),
     (("cgn.py", "--checkpoint", "README.md", "--counterfactuals", "5"), ("README.md", "no checkpoint")),

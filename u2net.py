@@ -335,7 +335,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", default=str(Path(__file__).parent / "weights" / "u2netp.pth"), help="raw state dict, full "
                         "or lite, u2net.pth is fetched where it is absent (default: weights/u2netp.pth)")
     parser.add_argument("--align-corners", action="store_true", help="upsample as the CGN's authors do (default: as trained)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
     return parser
 
 
@@ -346,7 +346,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads {args.threads}: must be at least 1")
-            torch.set_num_threads(args.threads)
+            torch.set_num_threads(min(args.threads, os.cpu_count()))
         paths = [Path(path).resolve() for path in (args.photo, args.out, args.cutout) if path]
         if len(set(paths)) < len(paths):
             raise ValueError(f"photo {args.photo}, --out {args.out}, --cutout {args.cutout}: each needs a name of its own")
