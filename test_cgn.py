@@ -2284,7 +2284,7 @@ def measure(what, folder):
     if not paths[-1].exists():
         full_size(paths)
     frozen, saliency = what in ("draw", "image"), u2net.load(paths[4])
-    model = cgn.ImagenetCGN(*(biggan.load(path, frozen=frozen) for path in paths[1:4]), saliency)
+    model = cgn.ImagenetCGN(*(biggan.load(path, frozen=frozen) for path in paths[1:4]), saliency).to(memory_format=torch.channels_last)
     mechanisms = model.f_shape, model.f_text, model.f_bg
     u, y, draws = cgn.draw_training(model, 0, range(1), 1.0)
     config = {"truncation": 1.0, "patch": 15, "relative_patch": False, "bf16": False}
@@ -2304,8 +2304,9 @@ def measure(what, folder):
         cgn.counterfactual_batch(model, 0, range(1))
         print(f"peak memory of one counterfactual image: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
         return
+    teacher, style = (network.to(memory_format=torch.channels_last) for network in
+                      (biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))))
     if what == "memory":
-        teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))
         optimizer = torch.optim.Adam([parameter for mechanism in mechanisms for parameter in mechanism.parameters()], 1e-5)
         held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
         optimizer.step()
@@ -2324,7 +2325,6 @@ def measure(what, folder):
         def teach():
             return teacher(u, y)
 
-        teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))
         report("teacher, forward", teach)
         report("three mechanisms, forward and backward", lambda: sum(mechanism(u, y).sum() for mechanism in mechanisms).backward())
         x_gt, leaf = teach(), model.f_shape(u, y).detach().requires_grad_()
@@ -2357,7 +2357,6 @@ def measure(what, folder):
             print(f"{count} counterfactuals of a shape: straight line {line:.2f} s, float32 {ours:.2f} s: {ours / line:.2f}, "
                   f"bfloat16 {half:.2f} s: {half / line:.2f}")
         return
-    teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(networks[2])
     for mechanism, state in zip(mechanisms, raw):
         for name, _ in mechanism.named_parameters():
             state[name].requires_grad_()
