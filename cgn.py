@@ -1070,8 +1070,8 @@ NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
          "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scales": (1.0, 1.0), "sheet_every": 10,
          "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}
-MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 400,
-        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "patch": 4, "style_scales": (0.01, 0.1), "sheet_every": 100, "scored": 5000,
+MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 200,
+        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "patch": 4, "style_scales": (0.01, 0.05), "sheet_every": 100, "scored": 5000,
         "inception": "mini-classifier.pth"}
 
 
