@@ -138,7 +138,7 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
 def train_ensemble(out: Path, real: mnist_variants.Variant, counterfactuals: Optional[mnist_variants.Variant], steps: int,
                    seed: int, bf16: bool = False) -> classify.Ensemble:
     """Three heads on counterfactuals and as few real images as `classify` mixes in, or without counterfactuals one head on
-    real ones. On real images the average of the heads takes the easy way, the texture, and draws all heads along."""
+    real ones."""
     torch.manual_seed(seed)
     model = classify.Ensemble(classify.Classifier(), 1 if counterfactuals is None else 3)
     config = {"steps": steps, "seed": seed, "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": bf16,
