@@ -739,7 +739,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
     run = parser.add_argument_group("run")
     run.add_argument("--runs", default="runs", help="folder of generators and of results.jsonl (default: %(default)s)")
-    run.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe: faster on a CPU with AMX")
+    run.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe: as in cgn.py")
     run.add_argument("--device", default="cpu")
     run.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
     run.add_argument("--dry-run", action="store_true", help="the same in miniature, in a temporary folder")
@@ -780,6 +780,7 @@ def main(argv: Optional[list[str]] = None) -> None:
             raise ValueError(f"--count {args.count}: --figure needs at least 10")
         if args.threads:
             torch.set_num_threads(min(args.threads, os.cpu_count()))
+        args.bf16 = cgn.bf16_pays(args.bf16, args.device)
         if args.dry_run:
             args.count, args.steps, args.generator_steps, args.seeds = 100, 2, 2, args.seeds[:1]
         with tempfile.TemporaryDirectory() as folder:

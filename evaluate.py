@@ -394,13 +394,13 @@ def _cgn_main(args: argparse.Namespace) -> dict:
             "variance": model.config.get("variance", mnist_variants.COLOR_VARIANCE)}
     train = mnist_variants.load(name, "train", agreement=0.1, **data)
     val = mnist_variants.load(name, "val", **data)
-    readers = []
+    readers, bf16 = [], cgn.bf16_pays(args.bf16, "cpu")
     for label in ("shape", "foreground", "background"):
         if getattr(train, label)[0] < 0:
             readers.append(None)
             continue
         readers.append(classify.fit([(train.images, getattr(train, label), classify.BATCH)], args.reader_steps, args.seed,
-                                    bf16=args.bf16))
+                                    bf16=bf16))
         found = classify.predict(readers[-1], val.images)
         print(f"{label} reader: {100 * accuracy(found, getattr(val, label)):.1f} % of the validation split")
 

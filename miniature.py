@@ -235,6 +235,7 @@ def main(argv: Optional[list[str]] = None) -> None:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if args.threads:
             torch.set_num_threads(min(args.threads, os.cpu_count()))
+        args.bf16 = cgn.bf16_pays(args.bf16, "cpu")
         for what in args.what:
             if what in STEPS:
                 make(what, Path(args.out), steps=args.steps, seed=args.seed, mnist=args.mnist, bf16=args.bf16)

@@ -1662,13 +1662,21 @@ def test_counterfactuals_show_what_the_cgn_makes_of_their_noise_and_labels(image
         assert torch.allclose(made, wanted, atol=1e-5)
 
 
-def test_counterfactuals_in_bfloat16_are_nearly_those_in_float32(imagenet_checkpoint, tmp_path):
+def test_counterfactuals_in_bfloat16_are_nearly_those_in_float32(imagenet_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(cgn, "bf16_pays", lambda wanted, device: wanted)
     for name, option in (("whole", ()), ("half", ("--bf16",))):
         result = script("cgn.py", "--checkpoint", imagenet_checkpoint, "--counterfactuals", 4, "--out", tmp_path / name, *option)
         assert result.returncode == 0, result.stderr
     whole, half = (np.stack([np.array(Image.open(path)).astype(int) for path in sorted((tmp_path / name).glob("*.png"))])
                    for name in ("whole", "half"))
     assert 0 < np.abs(whole - half).mean() < 5 and (tmp_path / "whole" / "labels.csv").read_text() == (tmp_path / "half" / "labels.csv").read_text()
+
+
+def test_bfloat16_is_left_alone_where_the_cpu_only_emulates_it(monkeypatch, capsys):
+    for supported in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+        assert cgn.bf16_pays(True, "cpu") == supported and cgn.bf16_pays(True, "cuda") and not cgn.bf16_pays(False, "cpu")
+        assert ("computing in float32" in capsys.readouterr().out) != supported
 
 
 def test_masks_and_backgrounds_are_written_beside_a_counterfactual(imagenet_checkpoint, tmp_path):
@@ -2288,6 +2296,7 @@ def measure(what, folder):
     mechanisms = model.f_shape, model.f_text, model.f_bg
     u, y, draws = cgn.draw_training(model, 0, range(1), 1.0)
     config = {"truncation": 1.0, "patch": 15, "relative_patch": False, "bf16": False}
+    kinds = ("float32", "bfloat16") if cgn.bf16_pays(True, "cpu") else ("float32",)
 
     def clock(run):
         started = time.time()
@@ -2303,6 +2312,29 @@ def measure(what, folder):
     if what == "image":
         cgn.counterfactual_batch(model, 0, range(1))
         print(f"peak memory of one counterfactual image: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.2f} GiB")
+        return
+    if what == "draw":
+        raw = [torch.load(path) for path in paths[1:4]]
+
+        def plain(count):
+            for index in range(count):
+                z, labels, _ = cgn.draw(model, 0, range(index, index + 1))
+                with torch.no_grad():
+                    x = [plain_biggan(raw[k], z[k], labels[k], 50) for k in range(3)]
+                    cgn.compose(u2net_plain(u2net.normalise((x[0] + 1) / 2)), x[1], x[2])
+
+        u2net_plain = u2net.load(paths[4], frozen=False).eval()
+        for count in (1, 10):
+            seconds = []
+            for _ in range(2):
+                row = [clock(lambda: plain(count))]
+                for name in kinds:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
+                        row.append(clock(lambda: cgn.counterfactual_batch(model, 0, range(count), per_shape=count)))
+                seconds.append(row)
+            line, *ours = map(min, zip(*seconds))
+            print(f"{count} counterfactuals of a shape: straight line {line:.2f} s"
+                  + "".join(f", {name} {best:.2f} s: {best / line:.2f}" for name, best in zip(kinds, ours)))
         return
     teacher, style = (network.to(memory_format=torch.channels_last) for network in
                       (biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))))
@@ -2336,27 +2368,6 @@ def measure(what, folder):
         return
     raw = [torch.load(path) for path in paths[1:4]]
     networks = [torch.load(path) for path in (paths[0], paths[4], paths[5])]
-    if what == "draw":
-        def plain(count):
-            for index in range(count):
-                z, labels, _ = cgn.draw(model, 0, range(index, index + 1))
-                with torch.no_grad():
-                    x = [plain_biggan(raw[k], z[k], labels[k], 50) for k in range(3)]
-                    cgn.compose(u2net_plain(u2net.normalise((x[0] + 1) / 2)), x[1], x[2])
-
-        u2net_plain = u2net.load(paths[4], frozen=False).eval()
-        for count in (1, 10):
-            seconds = []
-            for _ in range(2):
-                row = [clock(lambda: plain(count))]
-                for bf16 in (False, True):
-                    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                        row.append(clock(lambda: cgn.counterfactual_batch(model, 0, range(count), per_shape=count)))
-                seconds.append(row)
-            line, ours, half = map(min, zip(*seconds))
-            print(f"{count} counterfactuals of a shape: straight line {line:.2f} s, float32 {ours:.2f} s: {ours / line:.2f}, "
-                  f"bfloat16 {half:.2f} s: {half / line:.2f}")
-        return
     for mechanism, state in zip(mechanisms, raw):
         for name, _ in mechanism.named_parameters():
             state[name].requires_grad_()
@@ -2364,21 +2375,22 @@ def measure(what, folder):
     def straight():
         sum(cgn.LAMBDAS[name] * term for name, term in straight_line_terms(networks, raw, u, y, draws, 15).items()).backward()
 
-    found, seconds = {}, {"straight line": [], "float32": [], "bfloat16": []}
+    found, seconds = {}, {"straight line": [], **{name: [] for name in kinds}}
     for _ in range(3):
         seconds["straight line"].append(clock(straight))
-        for name, bf16 in (("float32", False), ("bfloat16", True)):
+        for name in kinds:
             def step():
-                found[name] = cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, {**config, "bf16": bf16})
+                found[name] = cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, {**config, "bf16": name == "bfloat16"})
             seconds[name].append(held(lambda: clock(step)))
     plain = min(seconds["straight line"])
     for name, times in seconds.items():
         print(f"micro-step, {name}: {min(times):.2f} s: {min(times) / plain:.2f}")
-    error = (found["bfloat16"] - found["float32"]).abs() / found["float32"].clamp(min=1e-9)
-    print(f"terms in bfloat16 differ from float32 by at most {100 * error.max():.2f} %")
-    for dtype in (torch.float, torch.bfloat16):
-        a = torch.randn(2048, 2048).to(dtype)
-        print(f"matrix product of {dtype}: {2 * 2048 ** 3 / min(clock(lambda: a @ a) for _ in range(5)) / 1e9:.0f} GFLOP/s")
+    if "bfloat16" in found:
+        error = (found["bfloat16"] - found["float32"]).abs() / found["float32"].clamp(min=1e-9)
+        print(f"terms in bfloat16 differ from float32 by at most {100 * error.max():.2f} %")
+    for name in kinds:
+        a = torch.randn(2048, 2048).to(getattr(torch, name))
+        print(f"matrix product of {name}: {2 * 2048 ** 3 / min(clock(lambda: a @ a) for _ in range(5)) / 1e9:.0f} GFLOP/s")
     with FlopCounterMode(display=False) as flops:
         held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
     print(f"{flops.get_total_flops() / 1e9:.0f} GFLOP in a micro-step")
