@@ -248,9 +248,10 @@ class BigGAN(nn.Module):
         for layer in layers:
             x = layer(x) if isinstance(layer, Attention) else layer(x, condition, truncation)
 
-        # Of all maps the last block's are the largest. With known statistics a few channels at a time are enough, and of
-        # the last convolution three channels, since the others are never seen.
-        h, step = last.residual(x, condition, truncation), last.channels if truncation is None else 16
+        # Of all maps the last block's are the largest. With known statistics a few channels at a time are enough, unless they
+        # are kept for a gradient; and of the last convolution three channels, since the others are never seen.
+        whole = truncation is None or torch.is_grad_enabled()
+        h, step = last.residual(x, condition, truncation), last.channels if whole else 16
         bn, out = self.generator["bn"], self.generator["conv_to_rgb"]
         weight, image = out.weight()[:3], out.bias[:3, None, None]
         for part in (slice(first, first + step) for first in range(0, last.channels, step)):

@@ -2292,7 +2292,7 @@ def measure(what, folder):
     if not paths[-1].exists():
         full_size(paths)
     frozen, saliency = what in ("draw", "image"), u2net.load(paths[4])
-    model = cgn.ImagenetCGN(*(biggan.load(path, frozen=frozen) for path in paths[1:4]), saliency).to(memory_format=torch.channels_last)
+    model = cgn.ImagenetCGN(*(biggan.load(path, frozen=frozen) for path in paths[1:4]), saliency)
     mechanisms = model.f_shape, model.f_text, model.f_bg
     u, y, draws = cgn.draw_training(model, 0, range(1), 1.0)
     config = {"truncation": 1.0, "patch": 15, "relative_patch": False, "bf16": False}
@@ -2336,8 +2336,7 @@ def measure(what, folder):
             print(f"{count} counterfactuals of a shape: straight line {line:.2f} s"
                   + "".join(f", {name} {best:.2f} s: {best / line:.2f}" for name, best in zip(kinds, ours)))
         return
-    teacher, style = (network.to(memory_format=torch.channels_last) for network in
-                      (biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))))
+    teacher, style = biggan.load(paths[0]), cgn.StyleFeatures(torch.load(paths[5]))
     if what == "memory":
         optimizer = torch.optim.Adam([parameter for mechanism in mechanisms for parameter in mechanism.parameters()], 1e-5)
         held(lambda: cgn.micro_step(model, teacher, style, u, y, draws, cgn.LAMBDAS, config))
