@@ -1391,7 +1391,7 @@ def imagenet_run(states, out, classifier=None, **changes):
 
 def test_gram_matrices_and_the_perceptual_loss_by_hand():
     h = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])                                # two channels of 1 x 2 pixels
-    assert torch.equal(cgn.gram(h), torch.tensor([[[5.0, 11.0], [11.0, 25.0]]]) / 4)
+    assert torch.equal(cgn.gram(torch.cat([h, 2 * h])), torch.tensor([[[5.0, 11.0], [11.0, 25.0]], [[20.0, 44.0], [44.0, 100.0]]]) / 4)
     assert abs(cgn.perceptual([h, h], [0 * h, h]) / (25_000 * (5 + 11 + 11 + 25) / 16) - 1) < 1e-6
 
 
