@@ -386,12 +386,17 @@ def test_the_noise_on_what_the_discriminator_sees_fades_to_nothing(tmp_path, mon
     assert seen == pytest.approx([0.3, 0.2, 0.1], rel=0.02)
 
 
-def test_the_average_moves_slowly():
+def test_the_average_moves_slowly_and_at_first_follows_the_generator(tmp_path, monkeypatch):
     old, new = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.constant_(old.weight, 1.0)
     torch.nn.init.constant_(new.weight, 2.0)
     cgn._update_average(old, new, 0.9)
     assert abs(old.weight.item() - 1.1) < 1e-6 and new.weight.item() == 2.0
+
+    decays = []
+    monkeypatch.setattr(cgn, "_update_average", lambda average, model, decay: decays.append(decay))
+    cgn.train(tiny_config(batch=4, steps=3), torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10), tmp_path)
+    assert decays == pytest.approx([1 / 10, 2 / 11, 3 / 12])
 
 
 def test_training_writes_log_sheet_and_checkpoint(trained):
