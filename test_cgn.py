@@ -502,6 +502,17 @@ def test_counterfactuals_of_one_shape_share_mask_and_label_and_nothing_else(trai
     assert torch.equal(single[0][1:], u[1:]) and len(single[0][0].unique(dim=0)) == 40
 
 
+def test_counterfactuals_show_what_each_mechanism_makes_of_its_own_noise_and_label(trained):
+    model = cgn.load(trained / "checkpoint.pt")
+    sample, labels = cgn.counterfactual_batch(model, 2, range(4, 8), per_shape=4)
+    u, y, arrangement = cgn.draw(model, 2, range(4, 8), 4)
+    assert torch.equal(labels, y)
+    with torch.no_grad():
+        expected = model(tuple(u), tuple(y), arrangement)
+    for made, wanted in zip(sample[:4], expected):
+        assert torch.allclose(made, wanted, atol=1e-5)
+
+
 def test_counterfactual_labels_are_uniform_and_independent(trained):
     _, y, _ = cgn.draw(cgn.load(trained / "checkpoint.pt"), 0, range(4000), per_shape=1)
     for k in range(3):
