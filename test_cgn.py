@@ -173,6 +173,14 @@ def test_wildlife_shows_patches_of_its_labels_textures():
             assert (windows == pictures[index][:, None, None]).all(0).all(-1).all(-1).any()
 
 
+def test_a_patch_is_cut_at_a_random_row_and_at_a_random_column():
+    side, count = 156, 5000
+    place = torch.arange(side, dtype=torch.uint8)
+    textures = torch.stack([place[:, None].expand(side, side), place.expand(side, side), torch.zeros(side, side).byte()]).repeat(10, 1, 1, 1)
+    corners = mnist_variants._patches(textures, torch.arange(count) % 10, torch.Generator().manual_seed(0))[:, :2, 0, 0].double()
+    assert (corners.amin(0) == 0).all() and (corners.amax(0) == side - 32).all() and abs(corners.T.corrcoef()[0, 1]) < 0.05
+
+
 def test_drawn_textures_are_multi_modal_within_a_class_and_distinct_between_classes():
     textures = mnist_variants.draw_textures().double()
     assert textures.shape == (2, 10, 3, 156, 156)
