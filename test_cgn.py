@@ -621,8 +621,8 @@ def test_sources_mix_in_the_stated_numbers():
     assert [(y.item(), n) for _, y, n in classify.sources("original", real, "background", None)] == [(2, 64)]
     assert [(y.item(), n) for _, y, n in classify.sources("cgn", real, "foreground", generated)] == [(4, 64)]
     for method, share in classify.REAL_SHARE.items():
-        mixed = classify.sources(f"original+{method}", real, "shape", generated)
-        assert [(y.item(), n) for _, y, n in mixed] == [(0, share), (3, 64 - share)]
+        mixed = classify.sources(f"original+{method}", real, "foreground", generated)
+        assert [(y.item(), n) for _, y, n in mixed] == [(1, share), (4, 64 - share)]
 
 
 def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_images):
