@@ -346,7 +346,7 @@ class VAE(nn.Module):
         self.decoder = nn.Sequential(
             nn.Linear(latents, 64 * width), nn.ReLU(), nn.Unflatten(1, (4 * width, 4, 4)),
             nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(width, 3, 4, 2, 1), nn.Tanh())
+            nn.ConvTranspose2d(width, 3, 4, 2, 1))      # no tanh: it saturates at the black background and nothing is learned
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """noise (N, latents) -> reconstruction like x, mean and logarithm of the variance (N, latents)."""
