@@ -1228,7 +1228,7 @@ def test_the_discriminator_scores_by_class_and_attends():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from Linux's /proc")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_biggan_in_little_memory(tmp_path, zipped):
-    """234 MB of weights are loaded and one image is made in 420 MB more than importing torch takes; runs differ by 60 MB."""
+    """234 MB of weights are loaded and one image is made in 380 MB more than importing torch takes."""
     code = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import torch
@@ -1250,7 +1250,7 @@ print(before, peak())
     assert result.returncode == 0, result
     before, after = map(float, result.stdout.split())
     print(f"BigGAN-deep-256, {'memory-mapped' if zipped else 'old format'}: peak {after:.0f} MB, import torch {before:.0f} MB")
-    assert after - before <= 420
+    assert after - before <= 380
 
 
 # ------------------------------------------------------------------------------------------------------------------- u2net
