@@ -60,6 +60,7 @@ LNTL_BINS, LNTL_ENTROPY, LNTL_REVERSAL, LNTL_BATCH = 8, 0.01, 0.1, 128          
 LABELS = ("shape", "foreground", "background")
 WEIGHTS = "resnet50-0676ba61.pth"
 BATCH = 64
+WORKERS = min(4, os.cpu_count())    # processes that read pictures
 EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
 # Real images in a batch of 64 when counterfactuals are the others. At half, the classifier learns to tell real from
 # generated and takes the easy way on the real ones; see the README.
@@ -622,11 +623,11 @@ def load_ensemble(path: Union[str, os.PathLike]) -> Ensemble:
 
 
 @torch.no_grad()
-def score(model: Ensemble, paths: Sequence[str], workers: int = 4) -> torch.Tensor:
+def score(model: Ensemble, paths: Sequence[str]) -> torch.Tensor:
     """Scores (N, heads, C) of the pictures `paths`. Raises ValueError where one does not open, and for no pictures."""
     if not len(paths):
         raise ValueError("there are no pictures to judge")
-    loader = torch.utils.data.DataLoader(Middles(paths, model.config["side"]), batch_size=50, num_workers=workers)
+    loader = torch.utils.data.DataLoader(Middles(paths, model.config["side"]), batch_size=50, num_workers=WORKERS)
     try:
         return torch.cat([model(u2net.normalise(x)) for x in loader])
     except (RuntimeError, ValueError) as error:
@@ -760,7 +761,7 @@ def build_parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--decay", type=float, default=0.001, help="of the rate after each milestone (default: %(default)s)")
     imagenet.add_argument("--milestones", type=int, nargs="*", default=(30, 60), help="epochs (default: 30 60)")
     imagenet.add_argument("--side", type=int, default=224, help="pixels of an image (default: %(default)s)")
-    imagenet.add_argument("--workers", type=int, default=4, help="processes that read pictures (default: %(default)s)")
+    imagenet.add_argument("--workers", type=int, default=WORKERS, help="processes that read pictures (default: 4, at most one a CPU)")
     imagenet.add_argument("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
     imagenet.add_argument("--skip-broken", action="store_true", help="take the next picture for one that does not open")
     imagenet.add_argument("--out", default="runs/ensemble", help="folder of the run, continued if it is there (default: %(default)s)")

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,38 @@ HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 DTD = SHARED / "data" / "dtd"
 needs_dtd = pytest.mark.skipif(not DTD.is_dir(), reason=f"the paper's DTD pictures are not in {DTD}")
+
+
+BESIDE = {"test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been": "killed_runs",
+          "test_ten_thousand_damaged_files_are_read_or_refused": "fuzzed",
+          "test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time": "timed_biggan"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request):
+    """Functions of this file for the longest tests, each called with an empty folder in a process of its own: on the second
+    core, one after the other, from the first test on. name of test -> future of the finished process."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    selected = {item.name for item in request.session.items}
+    pool = ThreadPoolExecutor(1)
+    with tempfile.TemporaryDirectory() as folder:
+        def start(function):
+            code = f"import pathlib, sys; sys.path.insert(0, {str(HERE)!r}); import test_cgn; test_cgn.{function}(pathlib.Path(sys.argv[1]))"
+            place = Path(folder, function)
+            place.mkdir()
+            return subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, timeout=600)
+
+        yield {name: pool.submit(start, function) for name, function in BESIDE.items() if name in selected}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def finished(beside, request):
+    """The finished process of a test of BESIDE."""
+    result = beside[request.node.name].result()
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -570,9 +603,9 @@ def test_the_classifier_is_the_papers():
 
 
 def test_a_classifier_trained_on_biased_images_reads_their_colors_not_their_digits():
-    """The first row of Table 2 in small: 300 steps."""
+    """The first row of Table 2 in small: 150 steps."""
     real, val = (mnist_variants.load("double-colored", split) for split in ("train", "val"))
-    model = classify.fit(classify.sources("original", real, "shape", None), 300)
+    model = classify.fit(classify.sources("original", real, "shape", None), 150)
     predictions = classify.predict(model, val.images[:2000])
     by_color = (predictions == val.foreground[:2000]) | (predictions == val.background[:2000])
     assert by_color.double().mean() > 0.5 and evaluate.accuracy(predictions, val.shape[:2000]) < 0.2
@@ -644,6 +677,7 @@ def test_the_figure_runs_end_to_end(few_images):
 
 def test_the_cause_is_looked_for_in_environments(tmp_path, monkeypatch):
     """A classifier that reads the foreground is right where the foreground agrees with the class: as often as it does."""
+    monkeypatch.setitem(mnist_variants.SPLITS, "train", slice(200))                 # on which nothing is trained here
     monkeypatch.setattr(classify, "fit", lambda sources, *arguments, **options: sources[0][1])
     monkeypatch.setattr(classify, "train_generator", lambda *arguments: None)
     monkeypatch.setattr(classify, "generate", lambda *arguments: mnist_variants.Variant(*("images", *classify.LABELS)))
@@ -664,7 +698,7 @@ def test_the_cause_is_looked_for_in_environments(tmp_path, monkeypatch):
     one_line(script("classify.py", "--cause", "--dataset", "colored", "--runs", tmp_path), "no background label")
 
 
-def test_the_vae_loss_by_hand_and_its_picture(tmp_path):
+def test_the_vae_loss_by_hand_and_its_picture(tmp_path, few_images):
     x, made = torch.ones(1, 3, 1, 1), torch.tensor([0.0, 1.0, -1.0]).view(1, 3, 1, 1)
     mean, log_variance = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, np.log(2.0)]])
     expected = (1 + 0 + 4) / 2 + 3 * (1 + (2 - 1 - np.log(2))) / 2
@@ -948,27 +982,23 @@ def test_biggan_equals_the_plain_forward_at_full_size(released_size):
     assert error <= 1e-4 and expected.std() > 0.1
 
 
-def test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time():
-    """The best of six runs each, taken in turns in a process of its own, on one thread, in seconds of the processor: other
-    programs, and what other tests left in memory, do not count."""
-    code = f"""
-import sys, time; sys.path.insert(0, {str(HERE)!r})
-import torch, biggan, test_cgn
-torch.set_num_threads(1)
-state = test_cgn.raw_biggan(test_cgn.RELEASED, 8, 1000, 128, 128)
-model, z, y = biggan.load(state), biggan.truncated_noise(1, seed=3), torch.tensor([207])
-seconds = [], []
-with torch.no_grad():
-    for _ in range(6):
-        for times, run in zip(seconds, (lambda: test_cgn.plain_biggan(state, z, y, 50), lambda: model(z, y, 1.0))):
-            started = time.process_time()
-            run()
-            times.append(time.process_time() - started)
-print(*map(min, seconds))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result
-    plain, frozen = map(float, result.stdout.split())
+def timed_biggan(folder):
+    """The best of four runs each, taken in turns on one thread, in seconds of the processor: other programs do not count."""
+    torch.set_num_threads(1)
+    state = raw_biggan(RELEASED, 8, 1000, 128, 128)
+    model, z, y = biggan.load(state), biggan.truncated_noise(1, seed=3), torch.tensor([207])
+    seconds = [], []
+    with torch.no_grad():
+        for _ in range(4):
+            for times, run in zip(seconds, (lambda: plain_biggan(state, z, y, 50), lambda: model(z, y, 1.0))):
+                started = time.process_time()
+                run()
+                times.append(time.process_time() - started)
+    print(*map(min, seconds))
+
+
+def test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time(finished):
+    plain, frozen = map(float, finished.stdout.split())
     print(f"frozen {frozen:.2f} s, plain {plain:.2f} s, on one thread")
     assert frozen <= 0.65 * plain
 
@@ -1228,7 +1258,11 @@ def test_the_discriminator_scores_by_class_and_attends():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory from Linux's /proc")
 @pytest.mark.parametrize("zipped", [True, False])
 def test_biggan_in_little_memory(tmp_path, zipped):
-    """234 MB of weights are loaded and one image is made in 380 MB more than importing torch takes."""
+    """234 MB of weights are loaded and one image is made in 340 MB more than importing torch takes, 380 in most runs.
+
+    The 340 are measured with glibc's threshold for memory of its own (mmap) at its initial 128 KiB. By default it moves with what
+    is freed, and how much of the heap is then kept differs from run to run.
+    """
     code = f"""
 import sys; sys.path.insert(0, {str(HERE)!r})
 import torch
@@ -1246,11 +1280,12 @@ print(before, peak())
     torch.save({key: torch.full(shape, 0.01) for key, shape in shapes.items()}, tmp_path / "w.pt",
                _use_new_zipfile_serialization=zipped)
     assert (tmp_path / "w.pt").stat().st_size > 234e6
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(128 * 1024)})
     assert result.returncode == 0, result
     before, after = map(float, result.stdout.split())
     print(f"BigGAN-deep-256, {'memory-mapped' if zipped else 'old format'}: peak {after:.0f} MB, import torch {before:.0f} MB")
-    assert after - before <= 380
+    assert after - before <= 340
 
 
 # ------------------------------------------------------------------------------------------------------------------- u2net
@@ -2111,9 +2146,9 @@ def killed_runs(folder):
         classify.train_ensemble({"steps": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "decay": 0.1, "milestones": [9], "bf16": False,
                                  "save_every": 1}, classify.Ensemble(classify.Classifier()), batches(1), batches(2), out)
 
-    runs = {"mnist": (1, lambda out: cgn.train(tiny_config(steps=12, sheet_every=1), *tiny_data(), out)),
-            "imagenet": (1, lambda out: imagenet_run(states, out, steps=4, accumulate=4)),
-            "imagenet, two ranks": (2, lambda out: imagenet_run(states, out, steps=4, accumulate=4)),
+    runs = {"mnist": (1, lambda out: cgn.train(tiny_config(steps=4, sheet_every=1), *tiny_data(), out)),
+            "imagenet": (1, lambda out: imagenet_run(states, out, steps=3, accumulate=1)),
+            "imagenet, two ranks": (2, lambda out: imagenet_run(states, out, steps=3, accumulate=2)),
             "data set": (1, lambda out: cgn.write_counterfactuals(made, out, 40, 1, per_shape=2, batch=2)),
             "data set, two ranks": (2, lambda out: cgn.write_counterfactuals(made, out, 40, 1, per_shape=2, batch=2)),
             "classifier": (1, ensemble)}
@@ -2169,11 +2204,9 @@ def killed_runs(folder):
         print(f"{kind}: {kills} kills in runs of {seconds:.1f} s")
 
 
-def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import pathlib, test_cgn; test_cgn.killed_runs(pathlib.Path({str(tmp_path)!r}))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    print(*re.findall(r".*\d kills in runs of .*", result.stdout), sep="\n")
-    assert result.returncode == 0 and sum(map(int, re.findall(r"(\d+) kills", result.stdout))) == 20, result.stderr
+def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(finished):
+    print(*re.findall(r".*\d kills in runs of .*", finished.stdout), sep="\n")
+    assert sum(map(int, re.findall(r"(\d+) kills", finished.stdout))) == 20
 
 
 def mutate(content, generator):
@@ -2196,7 +2229,7 @@ def mutate(content, generator):
     return bytes(content)
 
 
-def fuzzed(folder, count):
+def fuzzed(folder, count=10_000):
     """`count` damaged files for all readers: each is read, or refused with ValueError, in ten seconds and 2 GiB."""
     torch.set_num_threads(1)
     generator, outcomes = np.random.default_rng(0), {}
@@ -2252,11 +2285,8 @@ def fuzzed(folder, count):
     print(json.dumps(outcomes))
 
 
-def test_ten_thousand_damaged_files_are_read_or_refused(tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import pathlib, test_cgn; test_cgn.fuzzed(pathlib.Path({str(tmp_path)!r}), 10_000)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stderr
-    outcomes = json.loads(result.stdout.splitlines()[-1])
+def test_ten_thousand_damaged_files_are_read_or_refused(finished):
+    outcomes = json.loads(finished.stdout.splitlines()[-1])
     print(outcomes)
     assert sum(outcomes.values()) >= 10_000 and min(outcomes["read"], outcomes["refused"]) > 1000
 
@@ -2278,8 +2308,9 @@ def test_a_ground_floor_file_works_when_copied_alone(tmp_path, module, line):
 @pytest.mark.parametrize("command", [("--dataset", "colored"), ("--dataset", "wildlife", "--shuffle", "puzzle"),
                                      ("--dataset", "imagenet"),
                                      ("--dataset", "double-colored", "--model", "gan")])
-def test_dry_runs_pass_and_keep_nothing(command, tmp_path):
-    result = process(str(HERE / "cgn.py"), *command, "--dry-run", "--mnist", HERE / "data" / "mnist", cwd=tmp_path)
+def test_dry_runs_pass_and_keep_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = script("cgn.py", *command, "--dry-run", "--mnist", HERE / "data" / "mnist")
     assert result.returncode == 0 and "dry run finished" in result.stdout, result.stderr
     assert list(tmp_path.iterdir()) == []
 
