@@ -857,8 +857,9 @@ def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, tru
                          ) -> tuple[Sample, torch.Tensor]:
     """The counterfactuals `part`, N of them, and their labels (3, N): what `draw` gives, each mask made once."""
     device = next(model.parameters()).device
-    u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, per_shape, truncation))
-    if isinstance(model, MnistGAN):
+    gan = isinstance(model, MnistGAN)
+    u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, 1 if gan else per_shape, truncation))
+    if gan:
         return model(u[0], y[0]), y[:1].expand(3, -1).cpu()
     groups = torch.arange(part.start, part.stop, device=device) // per_shape
     _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)

@@ -252,9 +252,10 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     there the class label, the shape's, is to be found, whatever was learned. Returns a row of results; a row that
     --runs/results.jsonl already holds is not computed again.
     """
-    label = label or args.label
+    label, generates = label or args.label, "gan" in method or "cgn" in method
     row = {"dataset": dataset, "method": method, "seed": seed, "label": label, "steps": args.steps,
-           "count": count if "gan" in method or "cgn" in method else 0, "per_shape": per_shape if "cgn" in method else 0,
+           "count": count if generates else 0, "per_shape": per_shape if "cgn" in method else 0,
+           "generator_steps": args.generator_steps if generates else None,
            "data": ("DTD textures" if args.textures else "drawn textures") if dataset == "wildlife" else f"variance {args.variance}"}
     path = Path(args.runs) / "results.jsonl"
     for held in cgn.read_lines(path):
@@ -263,7 +264,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     started = time.time()
     data = {"textures": args.textures, "variance": args.variance, "root": args.mnist, "seed": seed}
     generated = None
-    if "gan" in method or "cgn" in method:
+    if generates:
         checkpoint = train_generator(args, dataset, "gan" if "gan" in method else "cgn", seed)
         generated = generate(checkpoint, count, seed, per_shape, args.device)
     if method in ENVIRONMENTS:

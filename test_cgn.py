@@ -561,10 +561,11 @@ def test_counterfactual_labels_are_uniform_and_independent(trained):
         assert abs((y[k] == y[k - 1]).double().mean() - 0.1) < 0.02
 
 
-def test_a_gans_samples_carry_one_label(tmp_path):
+def test_a_gans_samples_are_all_new_and_carry_one_label(tmp_path):
     cgn.train(tiny_config(model="gan", steps=2), *tiny_data(), tmp_path)
     data = cgn.counterfactuals(cgn.load(tmp_path / "checkpoint.pt"), 12)
     assert torch.equal(data.shape, data.foreground) and torch.equal(data.shape, data.background)
+    assert len(data.images.flatten(1).unique(dim=0)) == 12
 
 
 def test_the_written_data_set_holds_what_counterfactuals_gives(trained, tmp_path):
@@ -667,6 +668,7 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
     rows = (tmp_path / "results.jsonl").read_text()
     assert len(rows.splitlines()) == 4 and all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
     assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
+    one_line(script(*command, "--generator-steps", 3), "colored-gan-0", "another")     # and not the result of two steps
 
 
 def test_the_figure_runs_end_to_end(few_images):
