@@ -549,7 +549,7 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
             for chunk in iter(lambda: file.read(2 ** 20), b""):
                 digest.update(chunk)
     except Exception as error:              # whatever a network, a downloader or a disk raises
-        remedy = f"put the {size} of {address} there" if address.startswith("https") else "name another file with --weights"
+        remedy = f"put the {size} of {address} there" if address.startswith("https") else "name another file"
         raise ValueError(f"{path} is missing or cannot be read ({error}): {remedy}") from None
     if not sha256:
         print(f"weights.txt has no SHA-256 of {path.name}; it is {digest.hexdigest()}")

@@ -676,7 +676,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
         if ranks > 1:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    distributed.all_reduce(parameter.grad)
+                    if parameter.grad is not None:          # None where --without leaves a mechanism no loss
+                        distributed.all_reduce(parameter.grad)
             distributed.all_reduce(means)
         row = {"step": step + 1, **dict(zip((*weights, "mask_mean"), means.tolist()))}
         wrong = [name for name, value in row.items() if not np.isfinite(value)]
@@ -700,13 +701,13 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
         if done % config["sheet_every"] == 0 or done == config["steps"]:
             path = out / f"sheet-{done:06d}.png"
             save_imagenet_sheet(model, teacher, config["names"], path, config["seed"])
-            save_state(out / "checkpoint.pt", {"config": config, "step": done,
-                                          **{name: part.state_dict() for name, part in parts.items()}})
             print(f"{chr(13) if sys.stdout.isatty() else ''}update {done}: {time.time() - started:.0f} s, {path}")
             if classifier is not None:
                 score = inception_score(model, classifier, config["scored"], config["truncation"], config["seed"], config["batch"])
                 log_row(out, {"step": done, "inception_score": score})
                 print(f"update {done}: Inception Score {score:.2f} of {config['scored']} images")
+            save_state(out / "checkpoint.pt", {"config": config, "step": done,      # last: what is logged after it would be lost
+                                          **{name: part.state_dict() for name, part in parts.items()}})
 
 
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -817,12 +818,15 @@ def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetC
     return model.eval()
 
 
-def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike]) -> dict:
-    """An ImageNet checkpoint as one flat state dict in the layout of the authors' cgn.pth, teacher and U-2-Net included."""
+def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike, None] = None) -> dict:
+    """An ImageNet checkpoint as one flat state dict in the layout of the authors' cgn.pth, U-2-Net and teacher (by default the
+    training's) included. Raises ValueError for any other checkpoint."""
     state = read_checkpoint(source)
-    if state["config"]["model"] != "imagenet":
-        raise ValueError(f"{source} is a checkpoint of {state['config']['dataset']}: the authors' layout is ImageNet's")
-    saliency = u2net.find_weights(WEIGHTS / state["config"]["networks"]["saliency"])
+    networks = state["config"].get("networks")
+    if state["config"].get("model") != "imagenet" or not networks:
+        raise ValueError(f"{source} is no checkpoint of --dataset imagenet: the authors' layout is ImageNet's")
+    teacher = biggan.find_weights(teacher or WEIGHTS / networks["teacher"])
+    saliency = u2net.find_weights(WEIGHTS / networks["saliency"])
     parts = {"biggan_GT": biggan.load(teacher, frozen=False).state_dict(),
              "u2net": u2net.load(saliency, frozen=False).state_dict(),
              **{name: state[name] for name in ("f_shape", "f_text", "f_bg")}}
@@ -1053,7 +1057,7 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
         folder = ImageFolder(dataset)
         pictures = [F_image.center_crop(F_image.resize(picture, mnist_variants.SIZE), mnist_variants.SIZE)
                     for picture, _ in folder]
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:           # SyntaxError: a PNG that is cut off
         raise ValueError(f"{dataset} cannot be read ({error}): it needs one subfolder a class, with pictures in each") from None
     images = torch.stack([F_image.pil_to_tensor(picture) for picture in pictures])
     return images, torch.tensor(folder.targets), folder.classes
@@ -1125,7 +1129,7 @@ def build_parser() -> argparse.ArgumentParser:
                           "--patch pixels where it fills a quarter of the image")
     imagenet.add_argument("--without", nargs="+", choices=tuple(WITHOUT), default=(), help="losses to leave off (Table 1)")
     for name in NETWORKS:
-        imagenet.add_argument(f"--{name}", metavar="FILE", help="frozen network in weights, " + (
+        imagenet.add_argument(f"--{name}", metavar="FILE", help="file of a frozen network, by default in weights/, " + (
             "whose Inception Score is logged if it is there " if name == "inception" else "fetched where it is absent ") + default(name))
 
     training = parser.add_argument_group("training (appendix C)")
@@ -1167,9 +1171,14 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        for name in ("steps", "batch", "threads"):
+        for name in ("steps", "batch", "threads", "accumulate", "binary_warmup"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if not 0 <= args.margin < mnist_variants.SIZE // 2:
+            raise ValueError(f"--margin {args.margin}: must be in 0..{mnist_variants.SIZE // 2 - 1}, so that something is left inside")
+        if set(args.without) == set(WITHOUT):
+            raise ValueError(f"--without {' '.join(args.without)}: no loss is left")
+        check_device(args.device)
         if args.seed < 0:
             raise ValueError(f"--seed {args.seed}: must be 0 or more")
         if args.threads:
@@ -1211,6 +1220,17 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
     if not args.dry_run:
         print(f"done: open the last sheet in {out}; next: python cgn.py --checkpoint {out / 'checkpoint.pt'} "
               "--counterfactuals 100000")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError for a device that torch does not know, and for a GPU that is not here."""
+    try:
+        device = torch.device(name)
+        here = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+    except RuntimeError:
+        here = False
+    if not here:
+        raise ValueError(f"--device {name}: torch finds no such device here: choose cpu, or cuda where there is a GPU for it")
 
 
 def bf16_pays(wanted: bool, device: str) -> bool:
@@ -1282,7 +1302,7 @@ def random_networks(classes: int = 10, width: int = 16) -> tuple[dict, dict, dic
 def _sample_main(args: argparse.Namespace) -> None:
     if args.export:
         out = Path(args.out or "cgn.pth")
-        save_state(out, export(args.checkpoint, biggan.find_weights(args.teacher or WEIGHTS / PAPER["teacher"])))
+        save_state(out, export(args.checkpoint, args.teacher))
         print(f"wrote {out}")
         return
     join_group(args)

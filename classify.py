@@ -392,7 +392,7 @@ def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title:
     width, height, left, top, font = 620, 360, 60, 40, ImageFont.load_default(13)
     points = [point for curve in curves.values() for point in curve]
     x_low, x_high = (math.log10(f(x for x, _ in points)) for f in (min, max))
-    y_low, y_high = int(min(y for _, y in points) // 5 * 5), 100
+    y_low, y_high = min(95, int(min(y for _, y in points) // 5 * 5)), 100
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (math.log10(x) - x_low) / max(x_high - x_low, 1e-9)
@@ -431,12 +431,17 @@ class Ensemble(nn.Module):
 
     def __init__(self, network: nn.Module, heads: int = 3):
         super().__init__()
-        name, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
+        linear = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)]
+        if not linear:
+            raise ValueError(f"{type(network).__name__} has no linear layer that heads could replace: choose another network")
+        name, last = linear[-1]
         network.set_submodule(name, nn.Identity())
         self.backbone, self.heads = network, nn.ModuleList(copy.deepcopy(last) for _ in range(heads))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.backbone(x)
+        if not isinstance(h, torch.Tensor):
+            raise ValueError(f"{type(self.backbone).__name__} has auxiliary outputs: choose another network")
         return torch.stack([head(h) for head in self.heads], dim=1)
 
     def train(self, mode: bool = True) -> "Ensemble":
@@ -691,8 +696,12 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
         return lambda first: load_steps(dataset, range(first, config["steps"]), args.workers)
 
     real, counterfactual = from_files(files, args.batch), None
+    if made < 1 and (args.cgn or pictures):
+        raise ValueError(f"--ratio {args.ratio} leaves no counterfactual in a batch: raise it, or leave --counterfactuals and --cgn off")
     if args.cgn:
         model_cgn, part = cgn.load(args.cgn).to(args.device), slice(rank * made // ranks, (rank + 1) * made // ranks)
+        if model_cgn.classes != len(names):
+            raise ValueError(f"{args.cgn} draws {model_cgn.classes} classes: --real has {len(names)}")
         counterfactual = lambda first: draw_steps(model_cgn, first, made, args.side, args.seeds[0], args.per_shape, part)
     elif pictures:
         counterfactual = from_files(pictures, made)
@@ -750,7 +759,8 @@ def build_parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--real", nargs="+", metavar="FOLDER", help="real images, one subfolder a class (IN, SIN, Mixed-Rand)")
     imagenet.add_argument("--counterfactuals", nargs="+", metavar="FOLDER", help="folders that cgn.py --counterfactuals wrote")
     imagenet.add_argument("--cgn", metavar="FILE", help="or a CGN's checkpoint to draw them from while training")
-    imagenet.add_argument("--network", default="resnet50", help="any classifier of torchvision (default: %(default)s)")
+    imagenet.add_argument("--network", default="resnet50", help="classifier of torchvision that ends in a linear layer and "
+                          "has no auxiliary outputs (default: %(default)s)")
     imagenet.add_argument("--weights", metavar="FILE", default=str(cgn.WEIGHTS / WEIGHTS), help=f"state dict to start from (default: "
                           f"weights/{WEIGHTS}, fetched where it is absent)")
     imagenet.add_argument("--scratch", action="store_true", help="start from random weights")
@@ -782,6 +792,9 @@ def main(argv: Optional[list[str]] = None) -> None:
             raise ValueError(f"--count {args.count}: --figure needs at least 10")
         if args.threads:
             torch.set_num_threads(min(args.threads, os.cpu_count()))
+        if args.checkpoint and not args.say:
+            raise ValueError(f"--checkpoint {args.checkpoint} needs --say PHOTO; evaluate.py --ensemble judges it on folders")
+        cgn.check_device(args.device)
         args.bf16 = cgn.bf16_pays(args.bf16, args.device)
         if args.dry_run:
             args.count, args.steps, args.generator_steps, args.seeds = 100, 2, 2, args.seeds[:1]
@@ -805,8 +818,9 @@ def main(argv: Optional[list[str]] = None) -> None:
 
 
 def _write(args: argparse.Namespace) -> None:
-    if args.cause and "colored" in args.dataset:
-        raise ValueError("--dataset colored has no background label: --cause needs double-colored or wildlife")
+    if (args.cause or args.label == "background") and "colored" in args.dataset:
+        raise ValueError(f"--dataset colored has no background label: {'--cause' if args.cause else '--label background'} needs "
+                         "double-colored or wildlife")
     if args.latents:
         for dataset in args.dataset:
             path = Path(args.runs) / f"figure6-{dataset}.png"

@@ -278,7 +278,10 @@ def main(argv: Optional[list[str]] = None) -> None:
 
 def _predictions_main(args: argparse.Namespace) -> dict:
     labels, predictions = read_predictions(args.predictions)
-    counts = confusion(predictions, labels, int(max(labels.max(), predictions.max())) + 1)
+    classes = int(max(labels.max(), predictions.max())) + 1
+    if classes > 1000:
+        raise ValueError(f"{args.predictions} names class {classes - 1}: a table is made of 0..999 at most")
+    counts = confusion(predictions, labels, classes)
     print(f"accuracy {100 * accuracy(predictions, labels):.2f} % of {len(labels)}\n\n| label \\ prediction | "
           + " | ".join(str(column) for column in range(len(counts))) + " |\n" + "|---" * (len(counts) + 1) + "|")
     for row, line in enumerate(counts.tolist()):
@@ -369,8 +372,14 @@ def _imagenet9_main(args: argparse.Namespace) -> dict:
 def _imagenet_main(args: argparse.Namespace) -> dict:
     import classify
     files, labels = zip(*classify.labelled_files(args.imagenet))
-    labels = torch.tensor(labels)[:, 0]
-    judged = _judge(_load_ensemble(args, int(labels.max()) + 1), files)
+    model, labels = _load_ensemble(args, max(label[0] for label in labels) + 1), torch.tensor([label[0] for label in labels])
+    if not (Path(args.imagenet) / "labels.csv").exists():           # subfolders, which need not be all those of the training
+        names = sorted({Path(file).relative_to(args.imagenet).parts[0] for file in files})
+        unknown = [name for name in names if name not in model.config["names"]]
+        if unknown:
+            raise ValueError(f"{args.imagenet} has a subfolder {unknown[0]!r}, a class that {args.ensemble} was not trained on")
+        labels = torch.tensor([model.config["names"].index(name) for name in names])[labels]
+    judged = _judge(model, files)
     result = {name: {"top-1": accuracy(p.argmax(dim=1), labels), "top-5": top_k_accuracy(p, labels, min(5, p.shape[1]))}
               for name, p in judged.items()}
     _print_table("accuracy", result)
@@ -389,6 +398,8 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     if mini and (model.classes, model.resolution) != (10, mnist_variants.SIZE):
         raise ValueError(f"{args.cgn} makes {model.classes} classes of {model.resolution} x {model.resolution} pixels: there are "
                          "readers of digits only")
+    if mini and "networks" not in model.config:
+        raise ValueError(f"{args.cgn} does not name its teacher, to which masks are compared: give the training's checkpoint.pt")
     name = "wildlife" if mini else model.config["dataset"]
     data = {"textures": args.textures or model.config.get("textures"), "root": args.mnist, "seed": args.seed,
             "variance": model.config.get("variance", mnist_variants.COLOR_VARIANCE)}
@@ -415,7 +426,7 @@ def _cgn_main(args: argparse.Namespace) -> dict:
         sample = model(tuple(u), y[0], *(() if mini else (arrangement,)))
         usual = [accuracy(readers[0](texture).argmax(dim=1), label[order]) for texture, label in zip(real[1:], labels[1:])]
         if mini:
-            teacher = biggan.load(cgn.WEIGHTS / model.config["networks"]["teacher"])
+            teacher = biggan.load(biggan.find_weights(cgn.WEIGHTS / model.config["networks"]["teacher"]))
             iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0])))
     result = disentanglement(sample, y[0], real, readers)
     print("\n| label read | m | f | b |\n|---|---|---|---|")

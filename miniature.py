@@ -125,7 +125,7 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
                       *(("--without", off) if off else ())])
         model = cgn.load(out / "checkpoint.pt")
         u, y, _ = cgn.draw_training(model, seed, range(samples), 1.0)
-        score = cgn.inception_score(model, cgn.read_classifier(cgn.WEIGHTS / cgn.MINI["inception"]), samples, seed=seed)
+        score = cgn.inception_score(model, cgn.read_classifier(biggan.find_weights(cgn.WEIGHTS / cgn.MINI["inception"])), samples, seed=seed)
         area = torch.cat([model.saliency(model.f_shape(u_k, y_k)).mean(dim=(1, 2, 3)) for u_k, y_k in zip(u.split(500), y.split(500))])
         name, rows = f"without {off}" if off else "all", cgn.read_lines(out / "log.jsonl")[1:]
         shown = {*(2 ** k for k in range(12)), model.step}
@@ -162,6 +162,8 @@ def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 50_00
              bf16: bool = False) -> str:
     """Tables 3 and 4 as Markdown, from `count` counterfactuals of the CGN in `runs`/mini: shape bias, and accuracy on the test
     split, whose digits no network has seen, with textures that agree (mixed-same) and with any background (mixed-rand)."""
+    if not (runs / "mini" / "checkpoint.pt").exists():
+        raise ValueError(f"{runs / 'mini' / 'checkpoint.pt'} is missing: python miniature.py table1 makes it")
     model = cgn.load(runs / "mini" / "checkpoint.pt")
     real = mnist_variants.load(DATASET, "train", seed=seed, root=mnist)
     sets = {name: mnist_variants.load(DATASET, "test", agreement=agreement, seed=seed, root=mnist) for name, agreement in

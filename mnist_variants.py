@@ -219,6 +219,9 @@ def load_parts(name: str, split: str, *, agreement: Union[float, tuple[float, fl
     if not (0 <= of_fore <= 1 and 0 <= of_back <= 1):
         raise ValueError(f"agreement is a probability in [0, 1], or two, not {agreement}")
 
+    if variance < 0:
+        raise ValueError(f"variance {variance}: must be 0 or more")
+
     digits, shape = (part[SPLITS[split]] for part in read_mnist(split != "test", root))
     mask = F.interpolate(digits[:, None], size=SIZE, mode="nearest")
 

@@ -1676,6 +1676,7 @@ def test_imagenet_checkpoints_load_and_go_to_the_authors_layout_and_back(network
     assert theirs.u2net.align_corners and not own.u2net.align_corners               # as the authors ran theirs
     keys = torch.load(tmp_path / "cgn.pth").keys()
     assert {key.split(".")[1] for key in keys} == {"biggan_GT", "f_shape", "f_text", "f_bg", "u2net"}
+    one_line(script("cgn.py", "--checkpoint", tmp_path / "cgn.pth", "--export", "--out", tmp_path / "again.pth"), "cgn.pth")
 
 
 @pytest.fixture(scope="module")
@@ -1754,10 +1755,18 @@ def test_masks_and_backgrounds_are_written_beside_a_counterfactual(imagenet_chec
     assert len(list(tmp_path.glob("*.png"))) == 6 and len((tmp_path / "labels.csv").read_text().splitlines()) == 3
 
 
-def test_the_inception_score_is_logged_with_every_sheet(networks, tmp_path):
+def test_the_inception_score_is_logged_with_every_sheet(networks, tmp_path, monkeypatch):
     torch.save(classify.Classifier().state_dict(), tmp_path / "classifier.pth")
     classifier = cgn.read_classifier(tmp_path / "classifier.pth")
+    save, last = cgn.save_state, []
+
+    def watched(path, state):                   # a run that is killed after it has saved must have lost no score
+        last.append(json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1]).get("inception_score"))
+        save(path, state)
+
+    monkeypatch.setattr(cgn, "save_state", watched)
     imagenet_run(networks, tmp_path, steps=2, accumulate=1, sheet_every=1, scored=6, classifier=classifier)
+    assert len(last) == 2 and None not in last
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     scores = {row["step"]: row["inception_score"] for row in rows if "inception_score" in row}
     torch.save(networks[1], tmp_path / "saliency.pt")
@@ -1982,7 +1991,7 @@ def imagenet_ensemble(tmp_path_factory):
         torch.nn.init.zeros_(head.weight)
         torch.nn.init.zeros_(head.bias)
         head.bias.data[label] = 5.0 + (label == 404)
-    config = {"model": "ensemble", "network": "shufflenet_v2_x0_5", "heads": 3, "names": list(map(str, range(1000))), "side": 32}
+    config = {"model": "ensemble", "network": "shufflenet_v2_x0_5", "heads": 3, "names": [f"n{number:03d}" for number in range(1000)], "side": 32}
     torch.save({"config": config, "step": 1, "ensemble": model.state_dict()}, path)
     return path
 
@@ -2014,15 +2023,12 @@ def test_each_head_of_an_ensemble_is_judged(imagenet_ensemble, tmp_path):
     assert "| texture | 50.00 % | 33.33 % | 0.00 % | -16.67 % |" in out            # bears are carnivores
     assert "| background | 25.00 % | 66.67 % | 100.00 % | 41.67 % |" in out
 
-    for name in range(405):
-        (tmp_path / "val" / f"n{name:03d}").mkdir(parents=True)
-    for name in (404, 404, 294, 0):
-        picture(tmp_path / "val" / f"n{name:03d}" / f"{len(list(tmp_path.rglob('*.png')))}.png")
-    for path in (tmp_path / "val").iterdir():
-        if not any(path.iterdir()):
-            picture(path / "0.png")
+    for number, name in enumerate((404, 404, 294, 0)):                              # three of the thousand classes, by their names
+        picture(tmp_path / "val" / f"n{name:03d}" / f"{number}.png")
     out = judged("--ensemble", imagenet_ensemble, "--imagenet", tmp_path / "val")
-    assert f"| shape | {100 * 2 / 406:.2f} % |" in out and f"| texture | {100 / 406:.2f} % |" in out
+    assert "| shape | 50.00 % |" in out and "| texture | 25.00 % |" in out
+    picture(tmp_path / "val" / "cat" / "0.png")
+    one_line(script("evaluate.py", "--ensemble", imagenet_ensemble, "--imagenet", tmp_path / "val"), "'cat'")
 
 
 def test_predictions_of_any_system_on_imagenet9(tmp_path):
@@ -2049,11 +2055,17 @@ def test_an_ensemble_draws_its_counterfactuals_from_a_cgn(pictures, imagenet_che
 @pytest.mark.parametrize("change, words", [
     (("--real", "nowhere"), ("nowhere",)), (("--real", "docs"), ("docs",)), (("--batch", "0"), ("--batch 0",)),
     (("--network", "lenet"), ("lenet",)), (("--counterfactuals", "docs"), ("docs",)), (("--out", "requirements.txt"), ("requirements.txt",)),
-    (("--weights", "requirements.txt"), ("--scratch",)), (("--ratio", "0.3"), ("--ratio",)),
+    (("--weights", "requirements.txt"), ("--scratch",)), (("--ratio", "0.3"), ("--ratio",)), (("--ratio", "0"), ("--ratio 0",)),
+    (("--network", "squeezenet1_0"), ("no linear layer",)), (("--network", "googlenet"), ("auxiliary",)),
 ])
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 def test_mistakes_with_the_ensemble_are_one_line(pictures, tmp_path, change, words):
     options = [option for option in ensemble_options(pictures, tmp_path) if option != "--scratch" or "--weights" not in change]
     one_line(script("classify.py", *options, *change), *words)
+
+
+def test_a_cgn_of_other_classes_than_the_real_images_is_refused(pictures, trained, tmp_path):
+    one_line(script("classify.py", *ensemble_options(pictures, tmp_path), "--cgn", trained / "checkpoint.pt"), "10 classes", "2")
 
 
 def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
@@ -2073,6 +2085,13 @@ def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
     (("cgn.py", "--dataset", "nope"), ("'nope'", "colored", "folder")),
     (("cgn.py", "--steps", "0"), ("--steps 0", "at least 1")),
     (("cgn.py", "--batch", "-3"), ("--batch -3",)),
+    (("cgn.py", "--dataset", "imagenet", "--mini", "--accumulate", "0"), ("--accumulate 0",)),
+    (("cgn.py", "--dataset", "imagenet", "--mini", "--without", "shape", "text", "bg", "rec"), ("no loss",)),
+    (("cgn.py", "--binary-warmup", "0"), ("--binary-warmup 0",)), (("cgn.py", "--margin", "16"), ("--margin 16", "0..15")),
+    (("cgn.py", "--variance", "-1"), ("variance -1",)), (("cgn.py", "--device", "nowhere"), ("--device nowhere", "cpu")),
+    (("classify.py", "--device", "cuda:99"), ("--device cuda:99", "cpu")),
+    (("classify.py", "--label", "background", "--dataset", "colored"), ("no background label",)),
+    (("classify.py", "--checkpoint", "ensemble.pt"), ("--say",)),
     (("cgn.py", "--seed", "-1"), ("--seed -1",)),
     (("cgn.py", "--threads", "-1"), ("--threads -1",)),
     (("miniature.py", "style", "--steps", "-1"), ("--steps -1",)),
