@@ -538,7 +538,7 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     path, table = Path(path), Path(__file__).with_name("weights.txt")
     rows = [line.split(" | ") for line in table.read_text().splitlines()] if table.exists() else []
     size, sha256, _, address, _ = next((row[1:] for row in rows if row[0] == path.name), ("", "", "", "", ""))
-    size = f"{size} bytes" if size else "file (its size is not known)"
+    size = f"{size} bytes" if size.isdigit() else size or "file (its size is not known)"
     try:
         if not path.exists() and address.startswith("https"):
             print(f"fetching {path} ({size}) from {address}")

@@ -1146,7 +1146,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--adversarial", choices=("hinge", "relativistic"), help="default: hinge for the flat colours of "
                           "colored and double-colored, else relativistic")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe, in training and sampling: "
-                          "about 1.6 times as fast on a CPU with AMX or AVX-512 BF16, ignored on one without")
+                          "about 1.4 times as fast on a CPU with AMX or AVX-512 BF16, ignored on one without")
     training.add_argument("--mask", type=float, default=10.0, help="weight of the mask interval")
     training.add_argument("--interval", type=float, nargs=2, default=(0.05, 0.4), metavar=("LOW", "HIGH"),
                           help="a mask's mean is kept in it (default: 0.05 0.4; paper: 0.1 0.9)")

@@ -730,8 +730,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     what = parser.add_argument_group("what to make of the MNIST variants").add_mutually_exclusive_group()
     what.add_argument("--table", action="store_true", help="Table 2: every --method on every --dataset (the default)")
-    what.add_argument("--figure", action="store_true", help="Figure 7: accuracy against the number of counterfactuals")
-    what.add_argument("--latents", action="store_true", help="Figure 6: what the two latents of a beta-VAE are (on colored in the paper)")
+    what.add_argument("--figure", action="store_true", help="Figure 7: accuracy against the number of counterfactuals; "
+                      "the first of --seeds")
+    what.add_argument("--latents", action="store_true", help="Figure 6: what the two latents of a beta-VAE are (on colored in "
+                      "the paper); the first of --seeds")
     what.add_argument("--cause", action="store_true", help="Table 5: which signal is the cause, found in environments (double-colored "
                       "in the paper)")
     data = parser.add_argument_group("on what, and how (section 4.3, C.4)")
