@@ -21,6 +21,7 @@ import hashlib
 import io
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
@@ -93,7 +94,11 @@ def read_mnist(train: bool, root: str | os.PathLike = "data/mnist") -> tuple[tor
                              f"MNIST into {root}") from None
     if (root / "MNIST" / "raw").is_dir():   # torchvision's layout
         root = root / "MNIST" / "raw"
-    prefix = "train" if train else "t10k"
+    return tuple(part.clone() for part in _read_file(root.resolve(), "train" if train else "t10k"))
+
+
+@lru_cache(maxsize=2)       # a table reads the same two files a hundred times
+def _read_file(root: Path, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
     images = _read_idx(root, f"{prefix}-images-idx3-ubyte")[16:].reshape(-1, 28, 28)
     labels = _read_idx(root, f"{prefix}-labels-idx1-ubyte")[8:]
     return torch.from_numpy(images), torch.from_numpy(labels).long()

@@ -1,4 +1,4 @@
-"""All tests: `python -m pytest -q test_cgn.py`. CPU, a few minutes, nothing is downloaded."""
+"""All tests: `python -m pytest -q test_cgn.py`. CPU, about five minutes, nothing is downloaded."""
 import contextlib
 import gzip
 import io
@@ -42,36 +42,37 @@ DTD = SHARED / "data" / "dtd"
 needs_dtd = pytest.mark.skipif(not DTD.is_dir(), reason=f"the paper's DTD pictures are not in {DTD}")
 
 
-BESIDE = {"test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been": "killed_runs",
-          "test_ten_thousand_damaged_files_are_read_or_refused": "fuzzed",
-          "test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time": "timed_biggan"}
+CHILD = "CGN_TEST_BESIDE" in os.environ                 # this process runs one of the long tests
+LONG = []
+
+
+def beside(test):
+    """Marks a long test. From the first test on, while the others run, a process of its own makes them, one after the other, on
+    the second core; here the result is waited for."""
+    if CHILD:
+        return test
+    LONG.append(test.__name__)
+
+    def wait(processes):
+        result = processes[test.__name__].result()
+        print(result.stdout)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    return wait
 
 
 @pytest.fixture(scope="session", autouse=True)
-def beside(request):
-    """Functions of this file for the longest tests, each called with an empty folder in a process of its own: on the second
-    core, one after the other, from the first test on. name of test -> future of the finished process."""
+def processes(request):
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    selected = {item.name for item in request.session.items}
-    pool = ThreadPoolExecutor(1)
-    with tempfile.TemporaryDirectory() as folder:
-        def start(function):
-            code = f"import pathlib, sys; sys.path.insert(0, {str(HERE)!r}); import test_cgn; test_cgn.{function}(pathlib.Path(sys.argv[1]))"
-            place = Path(folder, function)
-            place.mkdir()
-            return subprocess.run([sys.executable, "-c", code, place], capture_output=True, text=True, timeout=600)
+    pool, selected = ThreadPoolExecutor(1), {item.name for item in request.session.items}
 
-        yield {name: pool.submit(start, function) for name, function in BESIDE.items() if name in selected}
-        pool.shutdown(cancel_futures=True)
+    def run(name):
+        return subprocess.run([sys.executable, "-m", "pytest", "-q", "-s", f"{__file__}::{name}"], env={**os.environ, "CGN_TEST_BESIDE": "1"},
+                              capture_output=True, text=True, timeout=900)
 
-
-@pytest.fixture
-def finished(beside, request):
-    """The finished process of a test of BESIDE."""
-    result = beside[request.node.name].result()
-    assert result.returncode == 0, result.stderr
-    return result
+    yield {name: pool.submit(run, name) for name in LONG if name in selected}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)
@@ -984,9 +985,9 @@ def test_biggan_equals_the_plain_forward_at_full_size(released_size):
     assert error <= 1e-4 and expected.std() > 0.1
 
 
-def timed_biggan(folder):
+@beside
+def test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time():
     """The best of four runs each, taken in turns on one thread, in seconds of the processor: other programs do not count."""
-    torch.set_num_threads(1)
     state = raw_biggan(RELEASED, 8, 1000, 128, 128)
     model, z, y = biggan.load(state), biggan.truncated_noise(1, seed=3), torch.tensor([207])
     seconds = [], []
@@ -996,11 +997,7 @@ def timed_biggan(folder):
                 started = time.process_time()
                 run()
                 times.append(time.process_time() - started)
-    print(*map(min, seconds))
-
-
-def test_frozen_biggan_takes_less_than_two_thirds_of_the_plain_forwards_time(finished):
-    plain, frozen = map(float, finished.stdout.split())
+    plain, frozen = map(min, seconds)
     print(f"frozen {frozen:.2f} s, plain {plain:.2f} s, on one thread")
     assert frozen <= 0.65 * plain
 
@@ -1357,6 +1354,7 @@ def test_saliency_loss_sums_the_cross_entropies_of_all_maps():
     assert abs(u2net.saliency_loss(logits, target) - expected) < 1e-5
 
 
+@beside
 def test_a_small_u2net_learns_to_find_bright_squares():
     torch.manual_seed(0)
     masks = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
@@ -1601,6 +1599,7 @@ def test_an_update_does_not_depend_on_how_its_images_are_cut(networks, tmp_path)
         assert all(abs(a[name] - b[name]) <= 1e-4 * abs(a[name]) for name in (*cgn.LAMBDAS, "mask_mean"))
 
 
+@beside
 def test_two_processes_train_like_one(networks, tmp_path):
     torch.save(networks, tmp_path / "networks.pt")
     (tmp_path / "run.py").write_text(f"""
@@ -1836,6 +1835,7 @@ def test_missing_big_networks_are_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- miniature
 
+@beside
 def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_images):
     """Two steps of each network, of narrow ones, and of each CGN of Table 1: the commands fit together."""
     monkeypatch.setattr(miniature, "GENERATOR", ((8, 8),) * 6)
@@ -1950,6 +1950,7 @@ def test_each_epoch_holds_every_picture_once(pictures):
     assert torch.equal(share[0][0], first[0][0][1::2]) and not torch.equal(data[2][1], data[0][1])
 
 
+@beside
 def test_the_ensemble_trains_the_same_stopped_or_not_alone_or_in_two_processes(pictures, tmp_path):
     result = script("classify.py", *ensemble_options(pictures, tmp_path / "whole"))
     assert result.returncode == 0 and "10 real images, 2 classes, 6 counterfactuals; 6 steps of 4 + 4" in result.stdout, result.stderr
@@ -2144,12 +2145,13 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(trained, tmp_pat
     assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained.iterdir())
 
 
-def killed_runs(folder):
-    """Kills each kind of run, each of its processes, at random moments and continues it; compares with the run left alone.
+@beside
+def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(tmp_path):
+    """Each kind of run, each of its processes, is killed at random moments and continued; then compared with the run left alone.
 
-    Meant for a process of its own with one thread, which may be forked.
+    The process has one thread, so that it may be forked.
     """
-    torch.set_num_threads(1)
+    folder, total = tmp_path, 0
     counter, generator = itertools.count(), np.random.default_rng(0)
     states = raw_biggan([(16, 16)] * 6, 2, classes=10), random_u2net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5).state_dict(), cgn.random_networks()[2]
     torch.save(states[1], folder / "saliency.pt")
@@ -2222,12 +2224,9 @@ def killed_runs(folder):
                 os.waitpid(child, 0)
             finish(start(kind, out))
             assert result(out) == result(folder / kind), (kind, number)
+        total += kills
         print(f"{kind}: {kills} kills in runs of {seconds:.1f} s")
-
-
-def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(finished):
-    print(*re.findall(r".*\d kills in runs of .*", finished.stdout), sep="\n")
-    assert sum(map(int, re.findall(r"(\d+) kills", finished.stdout))) == 20
+    assert total == 20
 
 
 def mutate(content, generator):
@@ -2250,9 +2249,10 @@ def mutate(content, generator):
     return bytes(content)
 
 
-def fuzzed(folder, count=10_000):
-    """`count` damaged files for all readers: each is read, or refused with ValueError, in ten seconds and 2 GiB."""
-    torch.set_num_threads(1)
+@beside
+def test_ten_thousand_damaged_files_are_read_or_refused(tmp_path):
+    """For all readers: each is read, or refused with ValueError, in ten seconds and 2 GiB."""
+    folder, count = tmp_path, 10_000
     generator, outcomes = np.random.default_rng(0), {}
     picture = Image.fromarray(generator.integers(256, size=(40, 48, 3), dtype=np.uint8))
     state, small = raw_biggan([(8, 8), (8, 8)], None, 2, 4, 4), random_u2net(((3, 2, 2),) + ((2, 2, 2),) * 5 + ((4, 2, 2),) * 5).state_dict()
@@ -2303,13 +2303,8 @@ def fuzzed(folder, count=10_000):
             outcomes[outcome] = outcomes.get(outcome, 0) + 1
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2 ** 20
     assert grown < 2, f"{grown} GiB"
-    print(json.dumps(outcomes))
-
-
-def test_ten_thousand_damaged_files_are_read_or_refused(finished):
-    outcomes = json.loads(finished.stdout.splitlines()[-1])
     print(outcomes)
-    assert sum(outcomes.values()) >= 10_000 and min(outcomes["read"], outcomes["refused"]) > 1000
+    assert sum(outcomes.values()) >= count and min(outcomes["read"], outcomes["refused"]) > 1000
 
 
 # ------------------------------------------------------------------------------------------------------------- the project
