@@ -47,8 +47,8 @@ LONG = []
 
 
 def beside(test):
-    """Marks a long test. From the first test on, while the others run, a process of its own makes them, one after the other, on
-    the second core; here the result is waited for."""
+    """Marks a long test: a process of its own runs it on the second core, one such test after the other, while the other tests
+    run here, where its end is waited for."""
     if CHILD:
         return test
     LONG.append(test.__name__)
@@ -63,6 +63,7 @@ def beside(test):
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request):
+    """The long tests that are selected: name -> future of the finished process. One thread each for it and for this process."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     pool, selected = ThreadPoolExecutor(1), {item.name for item in request.session.items}
