@@ -55,7 +55,7 @@ import u2net
 METHODS = ("original", "irm-2", "irm-5", "lntl", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
 ENVIRONMENTS = {"irm-2": (0.9, 1.0), "irm-5": (0.9, 0.925, 0.95, 0.975, 1.0)}       # agreement of colour and label (C.4)
 CAUSE = (0.9, 0.95, 1.0)                            # agreements of Table 5's environments (H)
-IRM_WEIGHT = 1000.0         # of the penalty at the end; it rises linearly from 0
+IRM_WEIGHT = 1.0            # of the penalty at the end; it rises linearly from 0 (the README has what larger ones give)
 LNTL_BINS, LNTL_ENTROPY, LNTL_REVERSAL, LNTL_BATCH = 8, 0.01, 0.1, 128              # Kim et al. (2019), their code
 LABELS = ("shape", "foreground", "background")
 WEIGHTS = "resnet50-0676ba61.pth"
@@ -101,11 +101,10 @@ def erm(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], progress
 
 def irm(scores: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], progress: float) -> torch.Tensor:
     """Invariant risk minimization (Arjovsky et al., 2019): mean risk of the environments and, rising with progress 0 .. 1, their
-    mean penalty. All of it is divided by the penalty's weight once that exceeds 1. A scalar."""
-    weight = IRM_WEIGHT * progress
+    mean penalty. A scalar."""
     penalty = sum(irm_penalty(z, y) for z, y in zip(scores, labels)) / len(scores)
     risk = sum(F.cross_entropy(z, y) for z, y in zip(scores, labels)) / len(scores)
-    return (risk + weight * penalty) / max(1.0, weight)
+    return risk + IRM_WEIGHT * progress * penalty
 
 
 def irm_penalty(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
