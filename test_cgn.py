@@ -638,16 +638,29 @@ def test_the_irm_penalty_is_the_squared_derivative_by_a_dummy_scale():
 
 def test_color_bins_by_hand():
     x = torch.tensor([0.0, 0.1, 0.5, 1.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2) * 2 - 1
-    assert classify.color_bins(x, 2)[0, 1].tolist() == [[-1, 0], [4, 7]]
-    assert classify.color_bins(torch.zeros(2, 3, 32, 32)).shape == (2, 3, 14, 14)
+    assert classify.color_bins(x, 2, near=0)[0, 1].tolist() == [[-1, 0], [4, 7]]
+    assert classify.color_bins(x, 2)[0, 1].tolist() == [[7, 7], [7, 7]]             # the brightest of the neighbours
+    spot = torch.full((2, 3, 32, 32), -1.0)
+    spot[:, 1, :4, :4] = 0.0
+    bins = classify.color_bins(spot)
+    assert bins.shape == (2, 3, 14, 14) and (bins[:, 1, :5, :5] == 4).all() and (bins[:, 1, 8:, 8:] == -1).all()
 
 
-def test_lntl_reverses_the_gradient_of_its_color_heads_and_is_a_pure_function_of_its_seed():
-    h = torch.randn(4, 32, 14, 14, requires_grad=True)
-    assert classify.ColorHeads()(h).shape == (4, 8, 3, 14, 14)
-    assert torch.allclose(classify.reverse_gradient(h), h, atol=1e-6)
-    gradient, = torch.autograd.grad(classify.reverse_gradient(h).square().sum(), h)
-    assert torch.allclose(gradient, -0.2 * h, atol=1e-5)
+def test_lntl_unlearns_along_the_reversed_gradient_and_is_a_pure_function_of_its_seed():
+    generator = torch.Generator().manual_seed(0)
+    scores, bins = torch.randn(2, 8, 3, 4, 4, generator=generator, dtype=torch.double), torch.randint(8, (2, 3, 4, 4), generator=generator)
+    bins[:, :, 0] = -1
+    h = torch.ones((), dtype=torch.double, requires_grad=True)                      # features that scale the scores
+    loss, gradient = classify.lntl_gradients(h * scores, bins, h)
+    p = scores.softmax(dim=1)
+    known = bins >= 0
+    picked = p.gather(1, bins.clamp(min=0)[:, None])[:, 0][known]
+    assert torch.allclose(loss, -picked.log().mean())
+    expected = (p * scores).sum(dim=1)                                              # of each prediction
+    of_loss = (expected[known] - scores.gather(1, bins.clamp(min=0)[:, None])[:, 0][known]).mean()
+    of_certainty = ((p * scores ** 2).sum(dim=1) - expected ** 2).mean()            # d/dh of the negative entropy is the variance
+    assert torch.allclose(gradient, classify.LNTL_ENTROPY * of_certainty - classify.LNTL_REVERSAL * of_loss)
+    assert classify.ColorHeads()(torch.randn(4, 32, 14, 14)).shape == (4, 8, 3, 14, 14)
     first, again = (classify.fit_lntl((*tiny_data(), 64), 3, seed=1) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
 
