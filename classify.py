@@ -54,7 +54,7 @@ import u2net
 
 METHODS = ("original", "irm-2", "irm-5", "lntl", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
 ENVIRONMENTS = {"irm-2": (0.9, 1.0), "irm-5": (0.9, 0.925, 0.95, 0.975, 1.0)}       # agreement of colour and label (C.4)
-IRM_STEPS = 3                # times --steps: one image in twenty disagrees with its colour, and only these teach shapes
+IRM_STEPS = 3               # times --steps: one image in twenty disagrees with its colour, and only these teach shapes
 CAUSE = (0.9, 0.95, 1.0)                            # agreements of Table 5's environments (H)
 IRM_WEIGHT = 1.0            # of the penalty at the end; it rises linearly from 0 (the README has what larger ones give)
 LNTL_BINS, LNTL_ENTROPY = 8, 0.01                                                   # Kim et al. (2019), their code
@@ -63,8 +63,8 @@ LABELS = ("shape", "foreground", "background")
 WEIGHTS = "resnet50-0676ba61.pth"
 BATCH = 64
 WORKERS = min(4, os.cpu_count())    # processes that read pictures
-ADADELTA = partial(torch.optim.Adadelta, lr=1.0)                          # authors' code
-ADAM = partial(torch.optim.Adam, lr=2e-3)                                 # IRM's, which learns faster with it
+ADADELTA = partial(torch.optim.Adadelta, lr=1.0)                                    # authors' code
+ADAM = partial(torch.optim.Adam, lr=2e-3)                                           # IRM learns faster with it
 EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
 # Real images in a batch of 64 when counterfactuals are the others. At half, the classifier learns to tell real from
 # generated and takes the easy way on the real ones; see the README.
@@ -121,15 +121,15 @@ def irm_penalty(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def fit(sources: Sequence[Source], steps: int, seed: int = 0, classes: int = 10, bf16: bool = False,
-        device: str = "cpu", objective: Callable = erm, optimizer: Callable = ADADELTA) -> Classifier:
-    """Train a classifier on batches that mix the sources in fixed numbers; the optimizer's learning rate is x 0.7 an epoch.
+        device: str = "cpu", objective: Callable = erm, make_optimizer: Callable = ADADELTA) -> Classifier:
+    """Train a classifier on batches that mix the sources in fixed numbers; the learning rate is x 0.7 an epoch.
 
-    objective(scores of each source, labels of each, progress in 0 .. 1) -> loss, `erm` or `irm`. A pure function of its
-    arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the classifier in eval mode.
+    objective(scores of each source, labels of each, progress in 0 .. 1) -> loss, `erm` or `irm`. make_optimizer(parameters) ->
+    optimizer, `ADADELTA` or `ADAM`. A pure function of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the classifier in eval mode.
     """
     torch.manual_seed(seed)
     model = Classifier(classes).to(device, memory_format=torch.channels_last)
-    optimizer = optimizer(model.parameters())
+    optimizer = make_optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // EPOCHS), 0.7)
     for step in range(steps):
         x, y = zip(*draw_batch(sources, seed, step, device))
@@ -156,7 +156,7 @@ class ColorHeads(nn.ModuleList):
 
 def color_bins(x: torch.Tensor, size: int = 14, near: int = 4) -> torch.Tensor:
     """LNTL's targets: images (N, 3, H, W) in [-1, 1] -> a bin 0..7 of each channel at `size` x `size`, (N, 3, ..) long: that of
-    its brightest place not more than `near` away; -1 where even that is 0, which is ignored.
+    its brightest of the places that are at most `near` rows and columns away; -1 where even that is 0, which is ignored.
 
     Kim et al. take each pixel's own bin. The digit's border, where strokes are half covered, then tells shapes, so that these
     are unlearned too; and where a pixel is black, features may still tell the colour that is beside it.
@@ -196,8 +196,8 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, classes: int = 10, devic
         seen = h.detach().requires_grad_()
         color_loss, unlearn = lntl_gradients(heads(seen), color_bins(x), seen)
         optimizer.zero_grad()
-        color_loss.backward()                                                       # of the heads
-        torch.autograd.backward([F.cross_entropy(rest(h), y), h], [None, unlearn])  # of the classifier
+        color_loss.backward(inputs=list(heads.parameters()))
+        torch.autograd.backward([F.cross_entropy(rest(h), y), h], [None, unlearn])
         optimizer.step()
         schedule.step()
     return model.eval()
@@ -280,7 +280,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
         worlds = [mnist_variants.load(dataset, "train", agreement=agreement, **{**data, "seed": 10 * seed + k})
                   for k, agreement in enumerate(ENVIRONMENTS[method])]
         classifier = fit([(world.images, getattr(world, label), share) for world in worlds], steps, seed,
-                         bf16=args.bf16, device=args.device, objective=irm, optimizer=ADAM)
+                         bf16=args.bf16, device=args.device, objective=irm, make_optimizer=ADAM)
     else:
         real = _real_images(dataset, method, data)
         if method == "lntl":
@@ -752,7 +752,8 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data, generator and classifier together")
     data.add_argument("--count", type=int, default=100_000, help="generated images (default: %(default)s)")
     data.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: %(default)s)")
-    data.add_argument("--steps", type=int, default=12_000, help=f"of a classifier, {BATCH} images each, IRM's {IRM_STEPS} times as many (default: %(default)s)")
+    data.add_argument("--steps", type=int, default=12_000, help=f"of a classifier, {BATCH} images each, of IRM's "
+                      f"{IRM_STEPS} times as many (default: %(default)s)")
     data.add_argument("--generator-steps", type=int, help="of a missing CGN or GAN (default: as cgn.py)")
     data.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: draw textures)")
     data.add_argument("--variance", type=float, default=mnist_variants.COLOR_VARIANCE, help="colored, double-colored: of an "

@@ -646,9 +646,10 @@ def test_color_bins_by_hand():
     assert bins.shape == (2, 3, 14, 14) and (bins[:, 1, :5, :5] == 4).all() and (bins[:, 1, 8:, 8:] == -1).all()
 
 
-def test_lntl_unlearns_along_the_reversed_gradient_and_is_a_pure_function_of_its_seed():
+def test_lntl_unlearns_along_the_reversed_gradient_and_is_a_pure_function_of_its_seed(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    scores, bins = torch.randn(2, 8, 3, 4, 4, generator=generator, dtype=torch.double), torch.randint(8, (2, 3, 4, 4), generator=generator)
+    scores = torch.randn(2, 8, 3, 4, 4, generator=generator, dtype=torch.double)
+    bins = torch.randint(8, (2, 3, 4, 4), generator=generator)
     bins[:, :, 0] = -1
     h = torch.ones((), dtype=torch.double, requires_grad=True)                      # features that scale the scores
     loss, gradient = classify.lntl_gradients(h * scores, bins, h)
@@ -663,6 +664,13 @@ def test_lntl_unlearns_along_the_reversed_gradient_and_is_a_pure_function_of_its
     assert classify.ColorHeads()(torch.randn(4, 32, 14, 14)).shape == (4, 8, 3, 14, 14)
     first, again = (classify.fit_lntl((*tiny_data(), 64), 3, seed=1) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    gradients = classify.lntl_gradients
+    monkeypatch.setattr(classify, "lntl_gradients", lambda *given: (gradients(*given)[0], torch.zeros_like(given[2])))
+    plain = classify.fit_lntl((*tiny_data(), 64), 1, seed=1)                        # nothing is unlearned
+    monkeypatch.setattr(classify, "lntl_gradients", gradients)
+    unlearned = classify.fit_lntl((*tiny_data(), 64), 1, seed=1)
+    changed = [not torch.equal(a, b) for a, b in zip(plain.parameters(), unlearned.parameters())]
+    assert changed == [True] * 6 + [False] * 6      # batch norm and two convolutions, but not what is behind the features
 
 
 def test_sources_mix_in_the_stated_numbers():
@@ -681,7 +689,8 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
     assert result.returncode == 0, result.stderr
     assert re.search(r"\| original\+cgn \| \d+\.\d ± 0\.0 \| \d+\.\d ± 0\.0 \|", (tmp_path / "table-shape.md").read_text())
     rows = (tmp_path / "results.jsonl").read_text()
-    assert len(rows.splitlines()) == 4 and all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
+    assert [json.loads(row)["steps"] for row in rows.splitlines()] == [3 * classify.IRM_STEPS, 3, 3, 3]
+    assert all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
     assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
     one_line(script(*command, "--generator-steps", 3), "colored-gan-0", "another")     # and not the result of two steps
 
