@@ -76,7 +76,8 @@ Source = tuple[torch.Tensor, torch.Tensor, int]     # images (N, 3, 32, 32) uint
 class Classifier(nn.Sequential):
     """The paper's CNN for all MNIST experiments (C.4; layers from the authors' code): (N, 3, 32, 32) in [-1, 1] -> (N, C).
 
-    The first ReLU stands behind its max-pooling: the same function, with a quarter of the ReLU's work.
+    The first ReLU stands behind its max-pooling: the same function, with a quarter of the ReLU's work. And the first norm's scale and
+    shift are applied to the convolution instead of its images, which then need no gradient: a fifth of a step's time.
     """
 
     def __init__(self, classes: int = 10):
@@ -86,6 +87,20 @@ class Classifier(nn.Sequential):
             nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(),                           # (N, 64, 7, 7)
             nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
             nn.AvgPool2d(7), nn.Flatten(), nn.Linear(64, classes))                          # (N, C)
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, 32, 32) in [-1, 1] -> (N, 32, 14, 14), behind the second convolution and ReLU."""
+        norm, conv, *layers = list(self)[:6]
+        x = F.batch_norm(x, norm.running_mean, norm.running_var, training=norm.training, momentum=norm.momentum, eps=norm.eps)
+        x = F.conv2d(x, conv.weight * norm.weight[:, None, None], conv.bias + conv.weight.sum(dim=(2, 3)) @ norm.bias)
+        return nn.Sequential(*layers)(x)
+
+    def rest(self, h: torch.Tensor) -> torch.Tensor:
+        """Features (N, 32, 14, 14) -> scores (N, C)."""
+        return nn.Sequential(*list(self)[6:])(h)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.features(x))
 
 
 def draw_batch(sources: Sequence[Source], seed: int, step: int, device: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -185,19 +200,17 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, classes: int = 10, devic
     torch.manual_seed(seed)
     model = Classifier(classes).to(device, memory_format=torch.channels_last)
     heads = ColorHeads().to(device, memory_format=torch.channels_last)
-    layers = list(model)
-    features, rest = nn.Sequential(*layers[:6]), nn.Sequential(*layers[6:])         # up to the second convolution and ReLU
     optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": heads.parameters(), "lr": LNTL_HEADS_LR}],
                                 0.01, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1 - step / steps, lambda step: 1])
     for step in range(steps):
         (x, y), = draw_batch([source], seed, step, device)
-        h = features(x)
+        h = model.features(x)
         seen = h.detach().requires_grad_()
         color_loss, unlearn = lntl_gradients(heads(seen), color_bins(x), seen)
         optimizer.zero_grad()
         color_loss.backward(inputs=list(heads.parameters()))
-        torch.autograd.backward([F.cross_entropy(rest(h), y), h], [None, unlearn])
+        torch.autograd.backward([F.cross_entropy(model.rest(h), y), h], [None, unlearn])
         optimizer.step()
         schedule.step()
     return model.eval()

@@ -1,5 +1,6 @@
 """All tests: `python -m pytest -q test_cgn.py`. CPU, about five minutes, nothing is downloaded."""
 import contextlib
+import copy
 import gzip
 import io
 import itertools
@@ -603,6 +604,21 @@ def test_the_classifier_is_the_papers():
         if isinstance(layer, torch.nn.Conv2d):
             sizes.append(tuple(h.shape[1:]))
     assert sizes == [(32, 28, 28), (32, 14, 14), (64, 7, 7), (64, 7, 7)] and h.shape == (2, 10)
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_the_classifier_computes_what_its_layers_do_one_after_the_other(training):
+    torch.manual_seed(0)
+    fast = classify.Classifier().double().train(training)
+    with torch.no_grad():
+        for tensor in (*fast[0].parameters(), *list(fast[0].buffers())[:2]):
+            tensor.uniform_(0.5, 1.5)
+    plain, x, y = copy.deepcopy(fast), torch.rand(8, 3, 32, 32, dtype=torch.double), torch.arange(8)
+    for scores in (fast(x), torch.nn.Sequential(*plain)(x)):
+        F.cross_entropy(scores, y).backward()
+    assert torch.allclose(fast(x), torch.nn.Sequential(*plain)(x), rtol=1e-9)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-12) for a, b in zip(fast.parameters(), plain.parameters()))
+    assert torch.allclose(fast[0].running_mean, plain[0].running_mean) and torch.allclose(fast[0].running_var, plain[0].running_var)
 
 
 def test_a_classifier_trained_on_biased_images_reads_their_colors_not_their_digits():
