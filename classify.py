@@ -76,8 +76,8 @@ Source = tuple[torch.Tensor, torch.Tensor, int]     # images (N, 3, 32, 32) uint
 class Classifier(nn.Sequential):
     """The paper's CNN for all MNIST experiments (C.4; layers from the authors' code): (N, 3, 32, 32) in [-1, 1] -> (N, C).
 
-    The first ReLU stands behind its max-pooling: the same function, with a quarter of the ReLU's work. And the first norm's scale and
-    shift are applied to the convolution instead of its images, which then need no gradient: a fifth of a step's time.
+    The first ReLU stands behind its max-pooling: the same function, with a quarter of the ReLU's work. The norm's scale and shift are
+    applied to the first convolution's weights instead of the images, which then need no gradient: a fifth of a step's time.
     """
 
     def __init__(self, classes: int = 10):
@@ -140,7 +140,8 @@ def fit(sources: Sequence[Source], steps: int, seed: int = 0, classes: int = 10,
     """Train a classifier on batches that mix the sources in fixed numbers; the learning rate is x 0.7 an epoch.
 
     objective(scores of each source, labels of each, progress in 0 .. 1) -> loss, `erm` or `irm`. make_optimizer(parameters) ->
-    optimizer, `ADADELTA` or `ADAM`. A pure function of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the classifier in eval mode.
+    optimizer, `ADADELTA` or `ADAM`. A pure function of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the
+    classifier in eval mode.
     """
     torch.manual_seed(seed)
     model = Classifier(classes).to(device, memory_format=torch.channels_last)
