@@ -418,13 +418,13 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x (N, 3, R, R) in [-1, 1], y (N,) long -> scores (N,): a head of `widths[0]` channels, then two blocks a width, the first
-    of which halves the image; the sum over pixels; a linear score and the class's projection. In training mode each call takes
-    one step of every spectral norm first."""
+    """x (N, channels, R, R) in [-1, 1], y (N,) long -> scores (N,): a head of `widths[0]` channels, then two blocks a width, the
+    first of which halves the image; the sum over pixels; a linear score and the class's projection. In training mode each call
+    takes one step of every spectral norm first. channels: 3 for each image that is seen at once."""
 
-    def __init__(self, widths: Sequence[int], attention: Optional[int] = None, classes: int = 1000):
+    def __init__(self, widths: Sequence[int], attention: Optional[int] = None, classes: int = 1000, channels: int = 3):
         super().__init__()
-        self.head = Conv(3, widths[0], 3)
+        self.head = Conv(channels, widths[0], 3)
         layers = []
         for i, o in zip(widths, widths[1:]):
             layers += [DiscriminatorBlock(i, o, True), DiscriminatorBlock(o, o, False)]
@@ -444,38 +444,50 @@ class Discriminator(nn.Module):
 
 
 def train(model: BigGAN, discriminator: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
-          batch: int = 64, lr: float = 4e-4, noise: float = 0.4, seed: int = 0, average: float = 0.999,
+          batch: int = 64, pack: int = 1, lr: float = 4e-4, noise: float = 0.4, seed: int = 0, average: float = 0.999,
           report=None) -> BigGAN:
-    """Adversarial training with the hinge loss on uint8 images (N, 3, R, R) and labels (N,); returns the averaged generator.
+    """Adversarial training on uint8 images (N, 3, R, R) and labels (N,); returns the averaged generator.
 
-    discriminator: `Discriminator`, or any module that is called like it. Adam, betas (0.5, 0.99), the discriminator at twice
-    `lr`, both falling to zero over the second half; `noise`: standard deviation of what is added to all that the discriminator
-    sees, fading to zero (Sonderby et al., 2017). The 51 rows of statistics are to be measured afterwards, see
-    `measure_statistics`. report(step, {loss: float}) is called every 50 steps.
+    The loss is the relativistic hinge (Jolicoeur-Martineau, 2019): real images shall lead generated ones of their class by 1.
+    discriminator: `Discriminator`, or any module that is called like it; it judges `pack` images of a class at once, one above the
+    other in 3 `pack` channels, and so sees where the generated ones are all alike (PacGAN; Lin et al., 2018). Adam, betas (0.5,
+    0.99), the discriminator at twice `lr`, both falling to zero over the second half; `noise`: standard deviation of what is
+    added to all that the discriminator sees, fading to zero (Sonderby et al., 2017). The 51 rows of statistics are to be
+    measured afterwards, see `measure_statistics`. report(step, {loss: float}) is called every 50 steps. Raises ValueError for a
+    batch that `pack` does not divide.
     """
+    if batch % pack:
+        raise ValueError(f"a batch of {batch} images is not made of packs of {pack}")
     generator = torch.Generator().manual_seed(seed)
     averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average))
     optimizers = [torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.99), fused=True)
                   for network, rate in ((model, lr), (discriminator, 2 * lr))]
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
                  for optimizer in optimizers]
+    by_class, counts = labels.argsort(stable=True), labels.bincount()
+    starts = counts.cumsum(0) - counts
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(0, (-1, pack)).flatten(1, 2)                             # (N, 3, R, R) -> (N / pack, 3 pack, R, R)
+
     for step in range(steps):
-        chosen = torch.randint(len(images), (batch,), generator=generator)
+        y_pack = labels[torch.randint(len(labels), (batch // pack,), generator=generator)]
+        y = y_pack.repeat_interleave(pack)
+        chosen = by_class[starts[y] + (torch.rand(batch, generator=generator, dtype=torch.double) * counts[y]).long()]
         x = (images[chosen].float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        y = labels[chosen]
         fake = model(truncated_noise(batch, model.noise, generator=generator), y, None)
 
-        # Discriminator: raise the score of real images above 1, lower that of generated ones below -1.
+        # Discriminator: real images above generated ones.
         blur = noise * (1 - step / steps) * torch.randn(2 * batch, *x.shape[1:], generator=generator)
-        real_score, fake_score = discriminator(torch.cat([x, fake.detach()]) + blur, torch.cat([y, y])).split(batch)
-        loss_d = F.relu(1 - real_score).mean() + F.relu(1 + fake_score).mean()
+        real_score, fake_score = discriminator(packed(torch.cat([x, fake.detach()]) + blur), y_pack.repeat(2)).chunk(2)
+        loss_d = F.relu(1 - (real_score - fake_score)).mean()
         optimizers[1].zero_grad()
         loss_d.backward()
         optimizers[1].step()
 
-        # Generator: raise the score of generated images.
+        # Generator: generated images above real ones.
         discriminator.requires_grad_(False)
-        loss_g = -discriminator(fake + blur[batch:], y).mean()
+        loss_g = F.relu(1 - (discriminator(packed(fake + blur[batch:]), y_pack) - real_score.detach())).mean()
         optimizers[0].zero_grad()
         loss_g.backward()
         optimizers[0].step()

@@ -355,15 +355,15 @@ class MnistGAN(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Real or generated, given the class: x (N, 3, 32, 32) in [-1, 1], y (N,) long -> scores (N,).
+    """Real or generated, given the class: x (N, channels, 32, 32) in [-1, 1], y (N,) long -> scores (N,).
 
     Spectral norm (Miyato et al., 2018) and class projection (Miyato & Koyama, 2018).
     """
 
-    def __init__(self, classes: int = 10, width: int = 48):
+    def __init__(self, classes: int = 10, width: int = 48, channels: int = 3):
         super().__init__()
         layers = []
-        for i, o in ((3, width), (width, 2 * width), (2 * width, 4 * width)):
+        for i, o in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
             layers += [spectral_norm(nn.Conv2d(i, o, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers, nn.Flatten(), spectral_norm(nn.Linear(4 * width * 16, 256)), nn.LeakyReLU(0.2))
         self.score = spectral_norm(nn.Linear(256, 1))
@@ -801,7 +801,8 @@ def read_checkpoint(source: Union[str, os.PathLike]) -> dict:
 def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetCGN]:
     """The generator of a checkpoint (of MNIST's the averaged one), or of the authors' cgn.pth, frozen, in eval mode.
 
-    `.config` is its run's configuration. Raises ValueError for a file that is none, or does not fit its configuration.
+    `.config` is its run's configuration, `.truncation` that of the noise it was trained on. Raises ValueError for a file that is
+    none, or does not fit its configuration.
     """
     state = read_checkpoint(source)
     try:
@@ -814,7 +815,7 @@ def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetC
             model.load_state_dict(state["average"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{source} does not fit its own configuration ({str(error).splitlines()[0]})") from None
-    model.config, model.step = state["config"], state["step"]
+    model.config, model.step, model.truncation = state["config"], state["step"], state["config"].get("truncation", 1.0)
     return model.eval()
 
 
@@ -1075,11 +1076,11 @@ NETWORKS, WEIGHTS = ("teacher", "saliency", "style", "inception"), Path(__file__
 # The schedule of --dataset imagenet: the paper's (C.3), and that of --mini for digits of 32 x 32 pixels. What an option
 # gives goes before either. style_scales: of the weights of L_perc and L_text, since a narrow network's Gram matrices are larger.
 PAPER = {"teacher": biggan.WEIGHTS, "saliency": "u2net.pth", "style": "vgg16_bn-6c64b313.pth", "steps": 300,
-         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "patch": 15, "style_scales": (1.0, 1.0), "sheet_every": 10,
-         "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}
+         "accumulate": 4000, "batch": 1, "lrs": (8e-6, 1e-5, 1e-5), "truncation": 1.0, "patch": 15, "style_scales": (1.0, 1.0),
+         "sheet_every": 10, "scored": 5000, "inception": "inception_v3_google-0cc3c7bd.pth"}
 MINI = {"teacher": "mini-teacher.pth", "saliency": "mini-saliency.pth", "style": "mini-style.pth", "steps": 200,
-        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "patch": 4, "style_scales": (0.01, 0.05), "sheet_every": 100, "scored": 5000,
-        "inception": "mini-classifier.pth"}
+        "accumulate": 50, "batch": 50, "lrs": (6e-7, 1e-4, 6e-5), "truncation": 0.7, "patch": 4, "style_scales": (0.01, 0.05),
+        "sheet_every": 100, "scored": 5000, "inception": "mini-classifier.pth"}
 
 
 def parse_classes(text: str, classes: int, count: int) -> list[tuple[int, str]]:
@@ -1123,7 +1124,8 @@ def build_parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--accumulate", type=int, help=f"images of an update {default('accumulate')}")
     imagenet.add_argument("--lrs", type=float, nargs=3, metavar=("SHAPE", "TEXT", "BG"),
                           help=f"Adam, of each mechanism {default('lrs')}")
-    imagenet.add_argument("--truncation", type=float, help="of the noise (default: 1; sheets 0.5)")
+    imagenet.add_argument("--truncation", type=float, help=f"of the noise {default('truncation')}, of a checkpoint's images as in its "
+                          "training; sheets 0.5")
     imagenet.add_argument("--patch", type=int, help=f"side of the texture loss's patches {default('patch')}")
     imagenet.add_argument("--relative-patch", action="store_true", help="patches that follow the object's size (appendix F): of "
                           "--patch pixels where it fills a quarter of the image")
@@ -1273,8 +1275,7 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
     model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency)).to(device)
     names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
     config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
-              "steps": args.steps, "batch": args.batch, "accumulate": args.accumulate, "lr": list(args.lrs),
-              "truncation": 1.0 if args.truncation is None else args.truncation,
+              "steps": args.steps, "batch": args.batch, "accumulate": args.accumulate, "lr": list(args.lrs), "truncation": args.truncation,
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
               "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"],
               "scored": schedule["scored"], "style_scales": list(schedule["style_scales"]), "relative_patch": args.relative_patch}
@@ -1307,7 +1308,8 @@ def _sample_main(args: argparse.Namespace) -> None:
         return
     join_group(args)
     model = load(args.checkpoint).to(args.device)
-    imagenet, truncation = isinstance(model, ImagenetCGN), 1.0 if args.truncation is None else args.truncation
+    imagenet = isinstance(model, ImagenetCGN)
+    truncation = model.truncation if args.truncation is None else args.truncation
     if args.interpolate:
         out = Path(args.out or f"interpolate-{args.interpolate}.png")
         images = interpolate(model, args.interpolate, args.seed, *((4, 8) if imagenet else (10, 10)), truncation)

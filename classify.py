@@ -474,12 +474,13 @@ class Ensemble(nn.Module):
         return self
 
 
-def ensemble_loss(real: torch.Tensor, y: torch.Tensor, counterfactual: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def ensemble_loss(real: torch.Tensor, y: torch.Tensor, counterfactual: torch.Tensor, labels: torch.Tensor,
+                  smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy of real images' averaged scores (N, heads, C) with y (N,), and of each head's scores of counterfactuals
-    (M, heads, C) with its own label (M, heads), every image counting alike. A scalar."""
-    losses = [F.cross_entropy(real.mean(dim=1), y, reduction="sum")]
+    (M, heads, C) with its own label (M, heads), every image counting alike. smoothing: of the labels, 0 to 1. A scalar."""
+    losses = [F.cross_entropy(real.mean(dim=1), y, reduction="sum", label_smoothing=smoothing)]
     if len(labels):
-        losses.append(F.cross_entropy(counterfactual.mT, labels, reduction="none").mean(dim=1).sum())
+        losses.append(F.cross_entropy(counterfactual.mT, labels, reduction="none", label_smoothing=smoothing).mean(dim=1).sum())
     return sum(losses) / (len(y) + len(labels))
 
 
@@ -578,9 +579,9 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
     """Train with SGD; real(first) gives x (n, 3, H, W) in [0, 1], y (n,) of each step from `first` on, counterfactual(first)
     x (m, 3, H, W), labels (m, heads).
 
-    config: steps, lr, momentum, weight_decay, decay, milestones (steps), save_every, bf16. Every process of a group calls it with
-    its own share of each batch. Writes log.jsonl and checkpoint.pt into `out` and continues from there. Raises ValueError
-    where `out` holds another run, or the loss is not finite.
+    config: steps, lr, momentum, weight_decay, decay, milestones (steps), smoothing, save_every, bf16. Every process of a group
+    calls it with its own share of each batch. Writes log.jsonl and checkpoint.pt into `out` and continues from there. Raises
+    ValueError where `out` holds another run, or the loss is not finite.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"])
@@ -601,7 +602,8 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
             group["lr"] = config["lr"] * config["decay"] ** sum(step >= milestone for milestone in config["milestones"])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
             scores = network(u2net.normalise(torch.cat([x, x_cf])))
-        loss = ensemble_loss(scores[:len(x)].float(), y.flatten(), scores[len(x):].float(), labels[:, :scores.shape[1]])
+        loss = ensemble_loss(scores[:len(x)].float(), y.flatten(), scores[len(x):].float(), labels[:, :scores.shape[1]],
+                             config["smoothing"])
         optimizer.zero_grad()
         loss.backward()
         mean = loss.detach()
@@ -633,7 +635,8 @@ def draw_steps(model: nn.Module, first: int, batch: int, side: int, seed: int, p
 
     Image i of the whole training is image i of the CGN's data set with this seed."""
     for step in itertools.count(first):
-        sample, labels = cgn.counterfactual_batch(model, seed, range(step * batch, (step + 1) * batch)[share], per_shape)
+        part = range(step * batch, (step + 1) * batch)[share]
+        sample, labels = cgn.counterfactual_batch(model, seed, part, per_shape, model.truncation)
         yield F.interpolate((sample.image + 1) / 2, (side, side), mode="bilinear", antialias=True).cpu(), labels.T
 
 
@@ -699,8 +702,8 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
     config = {"network": args.network, "heads": args.heads, "names": names, "side": args.side, "seed": args.seeds[0], "batch": args.batch,
               "ratio": args.ratio, "real": args.real, "counterfactuals": args.counterfactuals, "cgn": args.cgn,
               "steps": 2 if args.dry_run else args.epochs * epoch, "lr": args.lr, "momentum": 0.9, "weight_decay": 1e-4,
-              "decay": args.decay, "milestones": [epoch * number for number in args.milestones], "save_every": args.save_every or epoch,
-              "bf16": args.bf16}
+              "decay": args.decay, "milestones": [epoch * number for number in args.milestones], "smoothing": args.label_smoothing,
+              "save_every": args.save_every or epoch, "bf16": args.bf16}
     torch.manual_seed(args.seeds[0])
     network = torchvision.models.get_model(args.network, num_classes=1000)
     if not args.scratch and not args.dry_run:
@@ -796,6 +799,7 @@ def build_parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--lr", type=float, default=0.1)
     imagenet.add_argument("--decay", type=float, default=0.001, help="of the rate after each milestone (default: %(default)s)")
     imagenet.add_argument("--milestones", type=int, nargs="*", default=(30, 60), help="epochs (default: 30 60)")
+    imagenet.add_argument("--label-smoothing", type=float, default=0.0, help="of all labels, 0 to 1 (default: %(default)s)")
     imagenet.add_argument("--side", type=int, default=224, help="pixels of an image (default: %(default)s)")
     imagenet.add_argument("--workers", type=int, default=WORKERS, help="processes that read pictures (default: 4, at most one a CPU)")
     imagenet.add_argument("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
@@ -813,6 +817,8 @@ def main(argv: Optional[list[str]] = None) -> None:
         for name in ("count", "per_shape", "steps", "generator_steps", "threads", "batch", "epochs", "side", "save_every"):
             if getattr(args, name) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        if not 0 <= args.label_smoothing <= 1:
+            raise ValueError(f"--label-smoothing {args.label_smoothing}: must be in 0..1")
         if args.figure and args.count < 10:
             raise ValueError(f"--count {args.count}: --figure needs at least 10")
         if args.threads:

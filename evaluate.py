@@ -421,13 +421,13 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     mask, fore, back = (part[order] for part in parts)
     size = (-1, -1, mnist_variants.SIZE, mnist_variants.SIZE)
     real = (mask.float() / 255, cgn.to_float(fore).expand(size), cgn.to_float(back).expand(size))
-    u, y, arrangement = cgn.draw(model, args.seed, range(args.samples))
+    u, y, arrangement = cgn.draw(model, args.seed, range(args.samples), truncation=model.truncation)
     with torch.no_grad():
-        sample = model(tuple(u), y[0], *(() if mini else (arrangement,)))
+        sample = model(tuple(u), y[0], model.truncation if mini else arrangement)
         usual = [accuracy(readers[0](texture).argmax(dim=1), label[order]) for texture, label in zip(real[1:], labels[1:])]
         if mini:
             teacher = biggan.load(biggan.find_weights(cgn.WEIGHTS / model.config["networks"]["teacher"]))
-            iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0])))
+            iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0], model.truncation)))
     result = disentanglement(sample, y[0], real, readers)
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):

@@ -36,6 +36,8 @@ DATASET = "wildlife"
 NOISE = 32
 GENERATOR = ((256, 256), (256, 256), (256, 256), (256, 256), (256, 128), (128, 64))  # channels of BigGAN's blocks
 SALIENCY = ((3, 8, 16),) + ((16, 8, 16),) * 5 + ((32, 8, 16),) * 5                  # channels of U-2-Net's stages
+EMPTY = 5                   # every fifth picture for U-2-Net holds no digit: else it finds some in bare textures, and L_bg blurs these
+PACK = 2                    # images that the teacher's discriminator sees at once; with one the teacher's digits become all alike
 STYLE = (16, 32, 64, 64)                                                            # of VGG16's first four stages
 STEPS = {"teacher": 5500, "saliency": 2000, "style": 4000, "classifier": 4000}
 
@@ -44,8 +46,8 @@ def make_teacher(data: mnist_variants.Variant, steps: int, seed: int, report: Ca
     """A BigGAN-deep trained on images whose three labels agree; its raw state dict, as `biggan.load` reads it."""
     torch.manual_seed(seed)
     model = biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE)
-    discriminator = cgn.Discriminator().to(memory_format=torch.channels_last)       # biggan's sums over pixels: shapes come slower
-    model = biggan.train(model, discriminator, data.images, data.shape, steps=steps, seed=seed, report=report)
+    discriminator = cgn.Discriminator(channels=3 * PACK).to(memory_format=torch.channels_last)  # biggan's learns shapes slower
+    model = biggan.train(model, discriminator, data.images, data.shape, steps=steps, pack=PACK, seed=seed, report=report)
     biggan.measure_statistics(model, seed=seed)
     return model.state_dict()
 
@@ -94,6 +96,8 @@ def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mn
 
     parts, labels = mnist_variants.load_parts(DATASET, "train", agreement=0.1 if what in ("saliency", "style") else 1.0,
                                               seed=seed, root=mnist)
+    if what == "saliency":
+        parts.mask[::EMPTY] = 0
     data = mnist_variants.Variant(mnist_variants.compose(*parts), *labels)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):   # a cache would keep the first weights
         if what == "teacher":
@@ -124,9 +128,11 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
             cgn.main(["--dataset", "imagenet", "--mini", "--out", str(out), "--seed", str(seed), *options,
                       *(("--without", off) if off else ())])
         model = cgn.load(out / "checkpoint.pt")
-        u, y, _ = cgn.draw_training(model, seed, range(samples), 1.0)
-        score = cgn.inception_score(model, cgn.read_classifier(biggan.find_weights(cgn.WEIGHTS / cgn.MINI["inception"])), samples, seed=seed)
-        area = torch.cat([model.saliency(model.f_shape(u_k, y_k)).mean(dim=(1, 2, 3)) for u_k, y_k in zip(u.split(500), y.split(500))])
+        u, y, _ = cgn.draw_training(model, seed, range(samples), model.truncation)
+        classifier = cgn.read_classifier(biggan.find_weights(cgn.WEIGHTS / cgn.MINI["inception"]))
+        score = cgn.inception_score(model, classifier, samples, model.truncation, seed)
+        area = torch.cat([model.saliency(model.f_shape(u_k, y_k, model.truncation)).mean(dim=(1, 2, 3))
+                          for u_k, y_k in zip(u.split(500), y.split(500))])
         name, rows = f"without {off}" if off else "all", cgn.read_lines(out / "log.jsonl")[1:]
         shown = {*(2 ** k for k in range(12)), model.step}
         curves[name] = [(row["step"], 100 * row["mask_mean"]) for row in rows if "mask_mean" in row and row["step"] in shown]
@@ -135,30 +141,48 @@ def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[
     return "\n".join(lines)
 
 
-def train_ensemble(out: Path, real: mnist_variants.Variant, counterfactuals: Optional[mnist_variants.Variant], steps: int,
-                   seed: int, bf16: bool = False) -> classify.Ensemble:
+Parts = tuple[list[torch.Tensor], torch.Tensor]     # masks, foregrounds, backgrounds, uint8, and their labels (3, N)
+
+
+def draw_parts(model: cgn.ImagenetCGN, count: int, seed: int, batch: int = 100) -> Parts:
+    """The mechanisms' outputs of `count` counterfactuals, one a shape; masks are rounded, as digits have hard edges here."""
+    parts, labels = [], []
+    for start in range(0, count, batch):
+        sample, y = cgn.counterfactual_batch(model, seed, range(start, min(start + batch, count)), per_shape=1,
+                                             truncation=model.truncation)
+        parts.append((255 * (sample.mask > 0.5).byte(), cgn.to_uint8(sample.foreground), cgn.to_uint8(sample.background)))
+        labels.append(y)
+    return [torch.cat(part) for part in zip(*parts)], torch.cat(labels, dim=1)
+
+
+def train_ensemble(out: Path, real: mnist_variants.Variant, made: Optional[Parts], steps: int, seed: int, bf16: bool = False
+                   ) -> classify.Ensemble:
     """Three heads on counterfactuals and as few real images as `classify` mixes in, or without counterfactuals one head on
-    real ones."""
+    real ones. Each counterfactual joins a mask, a foreground and a background that were drawn at random from those `made`."""
     torch.manual_seed(seed)
-    model = classify.Ensemble(classify.Classifier(), 1 if counterfactuals is None else 3)
-    config = {"steps": steps, "seed": seed, "lr": 0.02, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": bf16,
-              "milestones": [steps // 2, 3 * steps // 4], "save_every": 1000}
+    model = classify.Ensemble(classify.Classifier(), 3 if made else 1)
+    config = {"steps": steps, "seed": seed, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": bf16,
+              "milestones": [steps // 2, 3 * steps // 4], "smoothing": 0.2, "save_every": 1000}
+    share = classify.REAL_SHARE["cgn"] if made else classify.BATCH
 
-    def draws(images: torch.Tensor, labels: torch.Tensor, size: int) -> Callable:
-        def from_step(first: int):
-            for step in itertools.count(first):
-                chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(images), size=size))
-                yield images[chosen].float() / 255, labels[chosen]
-        return from_step
+    def real_images(first: int):
+        for step in itertools.count(first):
+            chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(real.images), size=share))
+            yield real.images[chosen].float() / 255, real.shape[chosen]
 
-    share = classify.REAL_SHARE["cgn"] if counterfactuals else classify.BATCH
-    fakes = counterfactuals and draws(counterfactuals.images, torch.stack(counterfactuals[1:], dim=1), classify.BATCH - share)
-    classify.train_ensemble(config, model, draws(real.images, real.shape, share), fakes, out)
+    def counterfactuals(first: int):
+        parts, labels = made
+        for step in itertools.count(first):
+            chosen = torch.from_numpy(cgn.rng(seed + 1000, step).integers(labels.shape[1], size=(3, classify.BATCH - share)))
+            m, f, b = (part[rows].float() / 255 for part, rows in zip(parts, chosen))
+            yield cgn.compose(m, f, b), torch.stack([y[rows] for y, rows in zip(labels, chosen)], dim=1)
+
+    classify.train_ensemble(config, model, real_images, counterfactuals if made else None, out)
     return model.eval()
 
 
 @torch.no_grad()
-def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 50_000, mnist: str = "data/mnist",
+def tables34(runs: Path, *, seed: int = 0, steps: int = 2000, count: int = 20_000, mnist: str = "data/mnist",
              bf16: bool = False) -> str:
     """Tables 3 and 4 as Markdown, from `count` counterfactuals of the CGN in `runs`/mini: shape bias, and accuracy on the test
     split, whose digits no network has seen, with textures that agree (mixed-same) and with any background (mixed-rand)."""
@@ -171,13 +195,13 @@ def tables34(runs: Path, *, seed: int = 0, steps: int = 6000, count: int = 50_00
              ("cue-conflict", mnist_variants.CUE_CONFLICT))}
     rows = {}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        drawn = cgn.counterfactuals(model, count, seed, per_shape=1)
-    for name, counterfactuals in (("real", None), ("real + CGN", drawn)):
+        drawn = draw_parts(model, count, seed)
+    for name, made in (("real", None), ("real + CGN", drawn)):
         with torch.enable_grad():
-            ensemble = train_ensemble(runs / f"mini-{name.replace(' ', '')}", real, counterfactuals, steps, seed, bf16)
+            ensemble = train_ensemble(runs / f"mini-{name.replace(' ', '')}", real, made, steps, seed, bf16)
         scores = {key: torch.cat([ensemble(u2net.normalise(part.float() / 255)) for part in data.images.split(500)])
                   for key, data in sets.items()}
-        for number, head in enumerate(cgn.MECHANISMS if counterfactuals else ()):
+        for number, head in enumerate(cgn.MECHANISMS if made else ()):
             rows[f"{name}/{head}"] = {key: score[:, number].argmax(dim=1) for key, score in scores.items()}
         rows[name] = {key: score.mean(dim=1).argmax(dim=1) for key, score in scores.items()}
     lines = ["| trained on | shape bias | mixed-same | mixed-rand | BG-Gap |", "|---" * 5 + "|"]
@@ -245,7 +269,7 @@ def main(argv: Optional[list[str]] = None) -> None:
                 print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in
                              ("steps", "threads") if getattr(args, name)] + ["--bf16"] * args.bf16))
             elif what == "tables34":
-                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 6000, mnist=args.mnist, bf16=args.bf16))
+                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 2000, mnist=args.mnist, bf16=args.bf16))
             else:
                 print(patches(seed=args.seed, steps=args.steps or 4000, mnist=args.mnist, bf16=args.bf16))
     except (ValueError, OSError) as error:

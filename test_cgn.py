@@ -1232,6 +1232,30 @@ def test_a_small_biggan_learns_and_its_statistics_are_measured():
     assert mean[0, 0] > mean[0, 2] + 0.5 and mean[1, 2] > mean[1, 0] + 0.5, mean
 
 
+def test_the_discriminator_sees_packs_of_one_class():
+    """Images whose grey value is their class: in a pack all are of it, real ones and labels in the same order."""
+    seen = []
+
+    class Judge(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, y):
+            seen.append((x, y))
+            return self.weight * x.mean(dim=(1, 2, 3))
+
+    judge, labels = Judge(), torch.arange(60) % 3 // 2 * 2                          # class 1 has no image
+    images = (100 * labels).byte()[:, None, None, None].expand(-1, 3, 8, 8)
+    model = biggan.BigGAN([(32, 32), (32, 16)], None, 3, 8, 8)
+    biggan.train(model, judge, images, labels, steps=2, batch=12, pack=3, noise=0.0)
+    both, y = seen[0]
+    assert both.shape == (8, 9, 8, 8) and seen[1][0].shape == (4, 9, 8, 8) and set(y.tolist()) == {0, 2}
+    assert torch.allclose(both[:4], (100 * y[:4].float() / 127.5 - 1)[:, None, None, None]) and torch.equal(y[:4], y[4:])
+    with pytest.raises(ValueError, match="12 images .* packs of 5"):
+        biggan.train(model, judge, images, labels, steps=1, batch=12, pack=5)
+
+
 def test_each_row_of_measured_statistics_is_that_of_its_truncation():
     """One batch a row: with the same draws, stored statistics give what the batch's own gave."""
     torch.manual_seed(0)
@@ -1858,11 +1882,22 @@ def test_mistakes_in_sampling_imagenet_are_one_line(imagenet_checkpoint, tmp_pat
     one_line(script("cgn.py", "--checkpoint", imagenet_checkpoint, *options, "--out", tmp_path / "x"), *words)
 
 
+def test_images_are_drawn_with_the_truncation_of_the_training(imagenet_checkpoint, tmp_path):
+    state = torch.load(imagenet_checkpoint, weights_only=True)
+    state["config"]["truncation"] = 0.5
+    torch.save(state, tmp_path / "checkpoint.pt")
+    for name, options, expected in (("a", (), 0.5), ("b", ("--truncation", 1), 1.0)):
+        result = script("cgn.py", "--checkpoint", tmp_path / "checkpoint.pt", "--counterfactuals", 2, *options, "--out", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((tmp_path / name / "settings.json").read_text())["truncation"] == expected
+
+
 def test_the_imagenet_defaults_are_the_papers():
     """C.1 to C.3, as literals."""
     args = cgn.build_parser().parse_args(["--dataset", "imagenet"])
-    assert [getattr(args, name) for name in ("mini", "steps", "accumulate", "batch", "lrs", "patch")] == [False] + [None] * 5
-    assert [cgn.PAPER[name] for name in ("steps", "accumulate", "batch", "lrs", "patch")] == [300, 4000, 1, (8e-6, 1e-5, 1e-5), 15]
+    assert [getattr(args, name) for name in ("mini", "steps", "accumulate", "batch", "lrs", "truncation", "patch")] == [False] + [None] * 6
+    assert [cgn.PAPER[name] for name in ("steps", "accumulate", "batch", "lrs", "truncation", "patch")] == [
+        300, 4000, 1, (8e-6, 1e-5, 1e-5), 1, 15]
     assert cgn.PATCHES ** 2 == 36
     assert list(cgn.LAMBDAS.values()) == [100, 5, 300, 500, 5, 2000]
 
@@ -1902,17 +1937,49 @@ def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_
     assert result.returncode == 0 and "IoU with what is salient" in result.stdout, result.stderr
 
 
-def test_the_shipped_miniature_draws_digits_and_finds_them():
-    """Of the teacher's images the shipped classifier reads at least 85 % (it was trained on real ones), and masks are binary."""
+def test_the_miniatures_ensemble_learns_from_recombined_mechanisms(monkeypatch, imagenet_checkpoint, tmp_path):
+    model = cgn.load(imagenet_checkpoint)
+    model.truncation = 0.5
+    (masks, f, _), _ = miniature.draw_parts(model, 3, seed=0)
+    sample, _ = cgn.counterfactual_batch(model, 0, range(3), 1, truncation=0.5)
+    assert set(masks.unique().tolist()) <= {0, 255} and torch.equal(f, cgn.to_uint8(sample.foreground))
+    y = torch.arange(40) % 10
+    masks = 255 * (torch.arange(32) < 3 * y[:, None, None, None] + 1).byte().expand(-1, 1, 32, -1)     # as wide as their label
+    f, b = ((20 * y + start).byte()[:, None, None, None].expand(-1, 3, 32, 32) for start in (0, 10))
+    seen = []
+    monkeypatch.setattr(classify, "train_ensemble", lambda config, model, real, made, out: seen.append(next(made(5))))
+    real = mnist_variants.Variant(f, y, y, y)
+    miniature.train_ensemble(tmp_path, real, ([masks, f, b], torch.stack([y] * 3)), 1, 0)
+    (x, labels), = seen
+    assert x.shape == (60, 3, 32, 32) and len({tuple(row) for row in labels.tolist()}) > 50
+    assert torch.equal((255 * x[:, 0, 0, 0]).round().long(), 20 * labels[:, 1])
+    assert torch.equal((255 * x[:, 0, 0, -1]).round().long(), 20 * labels[:, 2] + 10)
+    assert torch.equal((x[:, 0, 0] == x[:, 0, 0, :1]).sum(dim=1), 3 * labels[:, 0] + 1)
+
+
+def test_a_fifth_of_the_saliency_networks_pictures_hold_no_digit(monkeypatch, tmp_path, few_images):
+    seen = []
+    monkeypatch.setattr(miniature, "make_saliency", lambda images, masks, *rest: seen.append((images, masks)) or {})
+    miniature.make("saliency", tmp_path, steps=1)
+    (images, masks), = seen
+    assert (masks.flatten(1).amax(dim=1) == 0).nonzero().flatten().tolist() == list(range(0, len(masks), 5))
+    parts, _ = mnist_variants.load_parts("wildlife", "train", agreement=0.1, seed=0)
+    assert torch.equal(images[::5], parts.background[::5]) and not torch.equal(images[1], parts.background[1])
+
+
+def test_the_shipped_miniature_draws_digits_and_finds_them(few_images):
+    """Of the teacher's images the shipped classifier reads at least 85 % (it was trained on real ones), masks are binary, and
+    nothing is salient in a bare background."""
     teacher, saliency = (load(find(cgn.WEIGHTS / f"mini-{name}.pth")) for load, find, name in
                          ((biggan.load, biggan.find_weights, "teacher"), (u2net.load, u2net.find_weights, "saliency")))
     classifier = cgn.read_classifier(biggan.find_weights(cgn.WEIGHTS / "mini-classifier.pth"))
     cgn.StyleFeatures(biggan.read_state(biggan.find_weights(cgn.WEIGHTS / "mini-style.pth")))
-    y = torch.arange(200) % 10
+    y, (parts, _) = torch.arange(200) % 10, mnist_variants.load_parts("wildlife", "val")
     with torch.no_grad():
         x = teacher(biggan.truncated_noise(200, teacher.noise, seed=0), y, 1.0)
         m = saliency(u2net.normalise((x + 1) / 2))
         assert (classifier(x).argmax(dim=1) == y).double().mean() >= 0.85
+        assert saliency(u2net.normalise(parts.background / 255)).mean() < 1e-3
     assert cgn.binary_entropy(m) < 0.25 and 0.1 < m.mean() < 0.4
     assert sum(path.stat().st_size for path in cgn.WEIGHTS.glob("mini-*.pth")) < 12e6
 
@@ -1963,6 +2030,8 @@ def test_ensemble_loss_by_hand():
     assert classify.ensemble_loss(real, torch.tensor([0]), counterfactual, torch.tensor([[0, 1, 1]])).item() == pytest.approx(expected)
     alone = classify.ensemble_loss(real, torch.tensor([0]), real[:0], torch.zeros(0, 3).long())
     assert alone.item() == pytest.approx(np.log(1 + np.exp(-1)))
+    smooth = classify.ensemble_loss(real, torch.tensor([0]), counterfactual, torch.tensor([[0, 1, 1]]), 0.2)
+    assert smooth.item() == pytest.approx(expected + 0.1 * (1 + 2 * 3 / 3) / 2)     # a tenth of each margin more
 
 
 def test_an_ensemble_starts_as_its_network_and_keeps_its_batch_norms():
@@ -2084,9 +2153,11 @@ def test_predictions_of_any_system_on_imagenet9(tmp_path):
 
 def test_an_ensemble_draws_its_counterfactuals_from_a_cgn(pictures, imagenet_checkpoint):
     model = cgn.load(imagenet_checkpoint)
+    model.truncation = 0.5
     steps = classify.draw_steps(model, 3, 4, 24, seed=1, per_shape=2, share=slice(1, 3))
     x, labels = next(steps)
-    sample, expected = cgn.counterfactual_batch(model, 1, range(13, 15), per_shape=2)
+    sample, expected = cgn.counterfactual_batch(model, 1, range(13, 15), 2, truncation=0.5)
+    assert torch.allclose(x, F.interpolate((sample.image + 1) / 2, (24, 24), mode="bilinear", antialias=True), atol=1e-6)
     assert x.shape == (2, 3, 24, 24) and 0 <= x.min() and x.max() <= 1 and torch.equal(labels, expected.T)
     assert torch.equal(next(steps)[1], cgn.draw(model, 1, range(17, 19), 2)[1].T)
 
@@ -2094,7 +2165,7 @@ def test_an_ensemble_draws_its_counterfactuals_from_a_cgn(pictures, imagenet_che
 @pytest.mark.parametrize("change, words", [
     (("--real", "nowhere"), ("nowhere",)), (("--real", "docs"), ("docs",)), (("--batch", "0"), ("--batch 0",)),
     (("--network", "lenet"), ("lenet",)), (("--counterfactuals", "docs"), ("docs",)), (("--out", "requirements.txt"), ("requirements.txt",)),
-    (("--weights", "requirements.txt"), ("--scratch",)), (("--ratio", "0.3"), ("--ratio",)), (("--ratio", "0"), ("--ratio 0",)),
+    (("--weights", "requirements.txt"), ("--scratch",)), (("--ratio", "0.3"), ("--ratio",)), (("--ratio", "0"), ("--ratio 0",)), (("--label-smoothing", "1.5"), ("--label-smoothing 1.5",)),
     (("--network", "squeezenet1_0"), ("no linear layer",)), (("--network", "googlenet"), ("auxiliary",)),
 ])
 @pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
@@ -2205,7 +2276,7 @@ def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(tmp_pa
             return draws
         torch.manual_seed(0)
         classify.train_ensemble({"steps": 20, "lr": 0.01, "momentum": 0.9, "weight_decay": 0.0, "decay": 0.1, "milestones": [9], "bf16": False,
-                                 "save_every": 1}, classify.Ensemble(classify.Classifier()), batches(1), batches(2), out)
+                                 "smoothing": 0.0, "save_every": 1}, classify.Ensemble(classify.Classifier()), batches(1), batches(2), out)
 
     runs = {"mnist": (1, lambda out: cgn.train(tiny_config(steps=4, sheet_every=1), *tiny_data(), out)),
             "imagenet": (1, lambda out: imagenet_run(states, out, steps=3, accumulate=1)),
