@@ -1933,8 +1933,11 @@ def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_
     assert [row.split(" | ")[0] for row in table] == ["| whole"] * 2 + ["| half as high"] * 2
     shares = [float(row.split(" | ")[2].split()[0]) for row in table]
     assert shares[3] > shares[2] + 10 and min(shares[0], shares[1], shares[3]) > 95
+    draw, drawn = cgn.draw, []
+    monkeypatch.setattr(cgn, "draw", lambda *given, truncation: drawn.append(truncation) or draw(*given, truncation=truncation))
     result = script("evaluate.py", "--cgn", tmp_path / "runs" / "mini" / "checkpoint.pt", "--samples", 20, "--reader-steps", 1)
     assert result.returncode == 0 and "IoU with what is salient" in result.stdout, result.stderr
+    assert drawn == [cgn.MINI["truncation"]]
 
 
 def test_the_miniatures_ensemble_learns_from_recombined_mechanisms(monkeypatch, imagenet_checkpoint, tmp_path):
