@@ -870,12 +870,15 @@ def test_disentanglement_of_perfect_hidden_and_swapped_mechanisms():
     made, real, readers = parts(labels), parts(other), [reader(0), reader(1), reader(2)]
     result = evaluate.disentanglement(made, labels, real[:3], readers)
     assert torch.equal(result.table, torch.eye(3, dtype=torch.float64)) and result.swapped == []
-    assert result.hidden == (pytest.approx(0.1), pytest.approx(0.1))                # rows 0 of f and b are the same always
+    for texture in made[1:3]:                                                       # rows 0 of f and b are the same always
+        assert evaluate.hidden_digits(texture, labels, readers[:1]) == pytest.approx(0.1)
 
     made.foreground[:, :, 0] = level(labels)[:, 0]                                  # now the digit shows in f as well
     made.foreground[labels == 4, :, 1] = 0.0                                        # and b looks more like a 4's f than f does
     result = evaluate.disentanglement(made, labels, real[:3], readers)
-    assert result.hidden[0] == 1.0 and result.swapped == [4]
+    assert result.swapped == [4] and evaluate.hidden_digits(made.foreground, labels, readers[:1]) == 1.0
+    assert evaluate.hidden_digits(made.foreground, labels, [reader(0), lambda x: -torch.arange(10).expand(len(x), -1)]
+                                  ) == pytest.approx((1 + 0.1) / 2)                 # the second one sees nothing but zeros
 
 
 def test_mask_iou_by_hand():
@@ -897,9 +900,10 @@ def test_predictions_of_any_system_are_judged(tmp_path):
 
 
 def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path, few_images):
-    result = script("evaluate.py", "--cgn", trained / "checkpoint.pt", "--samples", 50, "--reader-steps", 3, "--out",
-                    tmp_path / "d.json")
+    result = script("evaluate.py", "--cgn", trained / "checkpoint.pt", "--samples", 50, "--reader-steps", 3,
+                    "--shape-readers", 2, "--out", tmp_path / "d.json")
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("shape reader: ") == 2 and "2 shape reader(s)" in result.stdout
     assert "| background | – | – | – |" in result.stdout and "swapped classes" in result.stdout
 
 
