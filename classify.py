@@ -43,7 +43,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torchvision import transforms
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import ImageFolder, find_classes
 from torchvision.transforms import functional as F_image
 
 import biggan
@@ -54,18 +54,20 @@ import u2net
 
 METHODS = ("original", "irm-2", "irm-5", "lntl", "original+gan", "cgn", "original+cgn", "randomised", "recombined")
 ENVIRONMENTS = {"irm-2": (0.9, 1.0), "irm-5": (0.9, 0.925, 0.95, 0.975, 1.0)}       # agreement of colour and label (C.4)
-IRM_STEPS = 3               # times --steps: one image in twenty disagrees with its colour, and only these teach shapes
+# Times --steps: one image in twenty disagrees with its colour, on average, one in 270 with both textures; only these teach shapes.
+IRM_STEPS = {"colored": 3, "double-colored": 3, "wildlife": 6}
 CAUSE = (0.9, 0.95, 1.0)                            # agreements of Table 5's environments (H)
 IRM_WEIGHT = 1.0            # of the penalty at the end; it rises linearly from 0 (the README has what larger ones give)
 LNTL_BINS, LNTL_ENTROPY = 8, 0.01                                                   # Kim et al. (2019), their code
 LNTL_REVERSAL, LNTL_HEADS_LR = 5.0, 0.05    # chosen on the validation split of colored; theirs are 0.1 and 0.01
+BETA = 4.0                  # of the beta-VAE
 LABELS = ("shape", "foreground", "background")
 WEIGHTS = "resnet50-0676ba61.pth"
-BATCH = 64
+BATCH, IRM_BATCH = 64, 30
 WORKERS = min(4, os.cpu_count())    # processes that read pictures
 ADADELTA = partial(torch.optim.Adadelta, lr=1.0)                                    # authors' code
 ADAM = partial(torch.optim.Adam, lr=2e-3)                                           # IRM learns faster with it
-EPOCHS = 10                 # learning rates, x 0.7 each (authors' code); an epoch is a tenth of --steps
+EPOCHS = 10                 # an epoch is a tenth of --steps
 # Real images in a batch of 64 when counterfactuals are the others. At half, the classifier learns to tell real from
 # generated and takes the easy way on the real ones; see the README.
 REAL_SHARE = {"gan": 32, "cgn": 4}
@@ -135,18 +137,28 @@ def irm_penalty(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return derivative[::2].mean() * derivative[1::2].mean()
 
 
-def fit(sources: Sequence[Source], steps: int, seed: int = 0, classes: int = 10, bf16: bool = False,
-        device: str = "cpu", objective: Callable = erm, make_optimizer: Callable = ADADELTA) -> Classifier:
-    """Train a classifier on batches that mix the sources in fixed numbers; the learning rate is x 0.7 an epoch.
+def stepwise(steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate that is x 0.7 an epoch (authors' code)."""
+    return torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // EPOCHS), 0.7)
+
+
+def linear(steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate that falls to 0."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+
+def fit(sources: Sequence[Source], steps: int, seed: int = 0, bf16: bool = False, device: str = "cpu",
+        objective: Callable = erm, make_optimizer: Callable = ADADELTA, make_schedule: Callable = stepwise) -> Classifier:
+    """Train a classifier on batches that mix the sources in fixed numbers.
 
     objective(scores of each source, labels of each, progress in 0 .. 1) -> loss, `erm` or `irm`. make_optimizer(parameters) ->
-    optimizer, `ADADELTA` or `ADAM`. A pure function of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the
-    classifier in eval mode.
+    optimizer, `ADADELTA` or `ADAM`; make_schedule(steps, optimizer) -> its learning rates, `stepwise` or `linear`. A pure function
+    of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the classifier in eval mode.
     """
     torch.manual_seed(seed)
-    model = Classifier(classes).to(device, memory_format=torch.channels_last)
+    model = Classifier().to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model.parameters())
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, max(1, steps // EPOCHS), 0.7)
+    schedule = make_schedule(steps, optimizer)
     for step in range(steps):
         x, y = zip(*draw_batch(sources, seed, step, device))
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
@@ -191,7 +203,7 @@ def lntl_gradients(scores: torch.Tensor, bins: torch.Tensor, h: torch.Tensor) ->
     return loss, torch.autograd.grad(LNTL_ENTROPY * certainty - LNTL_REVERSAL * loss, h, retain_graph=True)[0]
 
 
-def fit_lntl(source: Source, steps: int, seed: int = 0, classes: int = 10, device: str = "cpu") -> Classifier:
+def fit_lntl(source: Source, steps: int, seed: int = 0, device: str = "cpu") -> Classifier:
     """Train a classifier whose features cannot tell colours (Kim et al., 2019): SGD, momentum 0.9, weight decay 5e-4; a learning
     rate of 0.01 falling to 0, for the heads 0.05.
 
@@ -199,7 +211,7 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, classes: int = 10, devic
     function of its arguments on the CPU. Returns the classifier in eval mode.
     """
     torch.manual_seed(seed)
-    model = Classifier(classes).to(device, memory_format=torch.channels_last)
+    model = Classifier().to(device, memory_format=torch.channels_last)
     heads = ColorHeads().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD([{"params": model.parameters()}, {"params": heads.parameters(), "lr": LNTL_HEADS_LR}],
                                 0.01, momentum=0.9, weight_decay=5e-4)
@@ -274,7 +286,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     --runs/results.jsonl already holds is not computed again.
     """
     label, generates = label or args.label, "gan" in method or "cgn" in method
-    steps = args.steps * (IRM_STEPS if method in ENVIRONMENTS else 1)
+    steps = args.steps * (IRM_STEPS[dataset] if method in ENVIRONMENTS else 1)
     row = {"dataset": dataset, "method": method, "seed": seed, "label": label, "steps": steps,
            "count": count if generates else 0, "per_shape": per_shape if "cgn" in method else 0,
            "generator_steps": args.generator_steps if generates else None,
@@ -290,11 +302,11 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
         checkpoint = train_generator(args, dataset, "gan" if "gan" in method else "cgn", seed)
         generated = generate(checkpoint, count, seed, per_shape, args.device)
     if method in ENVIRONMENTS:
-        share = BATCH // len(ENVIRONMENTS[method])
+        share = IRM_BATCH // len(ENVIRONMENTS[method])
         worlds = [mnist_variants.load(dataset, "train", agreement=agreement, **{**data, "seed": 10 * seed + k})
                   for k, agreement in enumerate(ENVIRONMENTS[method])]
         classifier = fit([(world.images, getattr(world, label), share) for world in worlds], steps, seed,
-                         bf16=args.bf16, device=args.device, objective=irm, make_optimizer=ADAM)
+                         bf16=args.bf16, device=args.device, objective=irm, make_optimizer=ADAM, make_schedule=linear)
     else:
         real = _real_images(dataset, method, data)
         if method == "lntl":
@@ -360,20 +372,20 @@ def figure7(args: argparse.Namespace, dataset: str, path: Path) -> None:
 
 
 class VAE(nn.Module):
-    """A beta-VAE (Higgins et al., 2017) of images (N, 3, 32, 32) in [-1, 1] with few latent variables, for Figure 6."""
+    """A beta-VAE (Higgins et al., 2017) of images (N, 3, 32, 32) in [-1, 1] with two latent variables, for Figure 6."""
 
-    def __init__(self, latents: int = 2, width: int = 32):
+    def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, width, 4, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 2 * latents))
+            nn.Conv2d(3, 32, 4, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(2048, 4))                                           # two means, two log-variances
         self.decoder = nn.Sequential(
-            nn.Linear(latents, 64 * width), nn.ReLU(), nn.Unflatten(1, (4 * width, 4, 4)),
-            nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(2 * width, width, 4, 2, 1), nn.ReLU(),
-            nn.ConvTranspose2d(width, 3, 4, 2, 1))      # no tanh: it saturates at the black background and nothing is learned
+            nn.Linear(2, 2048), nn.ReLU(), nn.Unflatten(1, (128, 4, 4)),
+            nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(64, 32, 4, 2, 1), nn.ReLU(),
+            nn.ConvTranspose2d(32, 3, 4, 2, 1))      # no tanh: it saturates at the black background and nothing is learned
 
     def forward(self, x: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """noise (N, latents) -> reconstruction like x, mean and logarithm of the variance (N, latents)."""
+        """noise (N, 2) -> reconstruction like x, mean and logarithm of the variance (N, 2)."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
 
@@ -385,7 +397,7 @@ def vae_loss(x: torch.Tensor, made: torch.Tensor, mean: torch.Tensor, log_varian
     return (error + beta * divergence).mean()
 
 
-def figure6(data: mnist_variants.Variant, path: Path, steps: int, seed: int = 0, beta: float = 4.0, side: int = 10) -> None:
+def figure6(data: mnist_variants.Variant, path: Path, steps: int, seed: int = 0) -> None:
     """Figure 6 (A.1) as a PNG: training images, and what a beta-VAE of two latents makes of a grid of them, -2 .. 2. Along each
     axis colour and digit change together, as the data never show them apart."""
     torch.manual_seed(seed)
@@ -395,18 +407,18 @@ def figure6(data: mnist_variants.Variant, path: Path, steps: int, seed: int = 0,
         generator = cgn.rng(seed, step)
         x = cgn.to_float(data.images[torch.from_numpy(generator.integers(len(data.images), size=BATCH))])
         noise = torch.from_numpy(generator.standard_normal((BATCH, 2), dtype=np.float32))
-        loss = vae_loss(x, *model(x, noise), beta)
+        loss = vae_loss(x, *model(x, noise), BETA)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if (step + 1) % 500 == 0:
             print(f"beta-VAE: step {step + 1}/{steps}, loss {loss.item():.1f}", flush=True)
-    axis = torch.linspace(-2, 2, side)
+    axis = torch.linspace(-2, 2, 10)
     with torch.no_grad():
-        made = cgn.to_uint8(model.decoder(torch.cartesian_prod(axis, axis))).unflatten(0, (side, side))
-    examples = torch.stack([data.images[data.shape == digit][:side // 2] for digit in range(side)])
+        made = cgn.to_uint8(model.decoder(torch.cartesian_prod(axis, axis))).unflatten(0, (10, 10))
+    examples = torch.stack([data.images[data.shape == digit][:5] for digit in range(10)])
     mnist_variants.save_sheet(path, torch.cat([examples, made], dim=1), [f"z1 = {value:.1f}" for value in axis.tolist()],
-                              ["data"] * (side // 2) + [f"z2 = {value:.1f}" for value in axis.tolist()])
+                              ["data"] * 5 + [f"z2 = {value:.1f}" for value in axis.tolist()])
 
 
 def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title: str) -> None:
@@ -447,18 +459,18 @@ class Ensemble(nn.Module):
 
     Heads are those of shape, texture and background. Its prediction is the class of the largest mean score: averaged logits
     (C.4) and averaged log-probabilities (4.3) differ by a constant of each image, so that they rank classes alike and give
-    the same cross-entropy. Batch norms stay in eval mode while it trains (authors' code), so that an image's loss does not
-    depend on its batch.
+    the same cross-entropy. frozen: batch norms stay in eval mode while it trains (authors' code), so that an image's loss does
+    not depend on its batch; not where training starts from random weights, whose statistics say nothing.
     """
 
-    def __init__(self, network: nn.Module, heads: int = 3):
+    def __init__(self, network: nn.Module, heads: int = 3, frozen: bool = True):
         super().__init__()
         linear = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)]
         if not linear:
             raise ValueError(f"{type(network).__name__} has no linear layer that heads could replace: choose another network")
         name, last = linear[-1]
         network.set_submodule(name, nn.Identity())
-        self.backbone, self.heads = network, nn.ModuleList(copy.deepcopy(last) for _ in range(heads))
+        self.backbone, self.heads, self.frozen = network, nn.ModuleList(copy.deepcopy(last) for _ in range(heads)), frozen
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.backbone(x)
@@ -469,7 +481,7 @@ class Ensemble(nn.Module):
     def train(self, mode: bool = True) -> "Ensemble":
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if self.frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -488,7 +500,7 @@ class Batches(torch.utils.data.Dataset):
     """Step i's share of a batch: pictures drawn without replacement in each epoch, cut and mirrored at random; i is all it needs.
 
     files: (path, labels) pairs; an item is x (count, 3, side, side) in [0, 1] and labels (count, ..) long. Raises ValueError
-    where a picture does not open, unless `skip` is set: then the next one takes its place.
+    where a picture does not open, unless `skip` is set: then its name is printed and the next one takes its place.
     """
 
     def __init__(self, files: Sequence[tuple[str, Sequence[int]]], batch: int, side: int, seed: int, share: slice = slice(None),
@@ -511,34 +523,38 @@ class Batches(torch.utils.data.Dataset):
     def _open(self, index: int) -> tuple[torch.Tensor, Sequence[int]]:
         for offset in range(len(self.files)):
             path, labels = self.files[(index + offset) % len(self.files)]
-            try:
-                return read_picture(path), labels
-            except ValueError:
-                if not self.skip:
-                    raise
+            picture = read_picture(path, self.skip)
+            if picture is not None:
+                return picture, labels
         raise ValueError("none of the pictures opens")
 
 
-class Middles(torch.utils.data.Dataset):
-    """The middles of pictures, in order, as they are judged: item i is (3, side, side) in [0, 1]."""
+class Pictures(torch.utils.data.Dataset):
+    """Pictures in order, as they are judged: item i is cut(picture, side), (3, side, side) in [0, 1]; nan if it was skipped."""
 
-    def __init__(self, paths: Sequence[str], side: int):
-        self.paths, self.side = paths, side
+    def __init__(self, paths: Sequence[str], side: int, cut: Callable, skip: bool):
+        self.paths, self.side, self.cut, self.skip = paths, side, cut, skip
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return evaluation_cut(read_picture(self.paths[index]), self.side).float() / 255
+        picture = read_picture(self.paths[index], self.skip)
+        if picture is None:
+            return torch.full((3, self.side, self.side), float("nan"))
+        return self.cut(picture, self.side).float() / 255
 
 
-def read_picture(path: str) -> torch.Tensor:
-    """(3, H, W) uint8. Raises ValueError where it does not open."""
+def read_picture(path: str, skip: bool = False) -> Optional[torch.Tensor]:
+    """(3, H, W) uint8. Where it does not open: a ValueError, or if `skip` is set its name is printed and None returned."""
     try:
         with Image.open(path) as picture:
             return F_image.pil_to_tensor(picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} does not open as a picture ({error}): remove it, or train with --skip-broken") from None
+        if not skip:
+            raise ValueError(f"{path} does not open as a picture ({error}): remove it, or give --skip-broken") from None
+        print(f"{path} does not open as a picture ({error}): skipped", flush=True)
+        return None
 
 
 @lru_cache(maxsize=4)
@@ -550,6 +566,11 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
 def evaluation_cut(picture: torch.Tensor, side: int) -> torch.Tensor:
     """The middle of a picture (3, H, W) whose shorter side is 8 / 7 of `side`: 256 and 224 for ImageNet."""
     return F_image.center_crop(F_image.resize(picture, side * 8 // 7, antialias=True), side)
+
+
+def whole(picture: torch.Tensor, side: int) -> torch.Tensor:
+    """All of a picture (3, H, W) in `side` x `side` pixels."""
+    return F_image.resize(picture, [side, side], antialias=True)
 
 
 def labelled_files(folder: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -579,9 +600,10 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
     """Train with SGD; real(first) gives x (n, 3, H, W) in [0, 1], y (n,) of each step from `first` on, counterfactual(first)
     x (m, 3, H, W), labels (m, heads).
 
-    config: steps, lr, momentum, weight_decay, decay, milestones (steps), smoothing, save_every, bf16. Every process of a group
-    calls it with its own share of each batch. Writes log.jsonl and checkpoint.pt into `out` and continues from there. Raises
-    ValueError where `out` holds another run, or the loss is not finite.
+    config: seed, steps, lr, momentum, weight_decay, decay, milestones (steps), smoothing, save_every, bf16. Every process of a
+    group calls it with its own share of each batch; what a network draws itself, as for dropout, depends on seed, step and rank.
+    Writes log.jsonl and checkpoint.pt into `out` and continues from there. Raises ValueError where `out` holds another run, or the
+    loss is not finite.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"])
@@ -598,6 +620,7 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
     for step in range(first, config["steps"]):
         x, y = (part.to(device) for part in next(reals))
         x_cf, labels = (part.to(device) for part in next(others)) if others else (x[:0], y.new_zeros(0, 3))
+        torch.manual_seed(int(cgn.rng(config["seed"], 2 ** 40 * (rank + 1) + step).integers(2 ** 63)))
         for group in optimizer.param_groups:
             group["lr"] = config["lr"] * config["decay"] ** sum(step >= milestone for milestone in config["milestones"])
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config["bf16"]):
@@ -647,20 +670,25 @@ def load_ensemble(path: Union[str, os.PathLike]) -> Ensemble:
         config = state["config"]
         model = Ensemble(torchvision.models.get_model(config["network"], num_classes=len(config["names"])), config["heads"])
         model.load_state_dict(state["ensemble"])
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} is no checkpoint of an ensemble ({str(error).splitlines()[0]})") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is no checkpoint of an ensemble ({' '.join(str(error).split())[:200]})") from None
     model.config = config
     return model.eval()
 
 
 @torch.no_grad()
-def score(model: Ensemble, paths: Sequence[str]) -> torch.Tensor:
-    """Scores (N, heads, C) of the pictures `paths`. Raises ValueError where one does not open, and for no pictures."""
+def score(network: Callable, paths: Sequence[str], side: int, cut: Callable = evaluation_cut, skip: bool = False,
+          device: str = "cpu") -> torch.Tensor:
+    """What network(x), x (n, 3, side, side) in [0, 1] on the device, gives for the pictures `paths`: (N, ..) on the CPU.
+
+    Raises ValueError for no pictures, and where one does not open, unless `skip` is set: then its name is printed and its row
+    is nan.
+    """
     if not len(paths):
         raise ValueError("there are no pictures to judge")
-    loader = torch.utils.data.DataLoader(Middles(paths, model.config["side"]), batch_size=50, num_workers=WORKERS)
+    loader = torch.utils.data.DataLoader(Pictures(paths, side, cut, skip), batch_size=50, num_workers=WORKERS)
     try:
-        return torch.cat([model(u2net.normalise(x)) for x in loader])
+        return torch.cat([network(x.to(device)).cpu() for x in loader])
     except (RuntimeError, ValueError) as error:
         raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
@@ -690,17 +718,18 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
     for name, count in counted.items():
         if count % ranks or count != int(count):
             raise ValueError(f"{name} gives batches of {count} images, which cannot be spread evenly over {ranks} processes")
-    folders = [ImageFolder(folder).classes for folder in args.real]
+    files = [row for folder in args.real for row in labelled_files(folder)]
+    folders = [find_classes(folder)[0] for folder in args.real]
     if any(classes != folders[0] for classes in folders):
         raise ValueError(f"the folders {', '.join(args.real)} do not have the same subfolders")
     names = folders[0]
-    files = [row for folder in args.real for row in labelled_files(folder)]
     pictures = [row for folder in args.counterfactuals or () for row in labelled_files(folder)]
     share, epoch, made = slice(rank, None, ranks), -(-len(files) // args.batch), int(args.ratio * args.batch)
     if any(len(labels) != 3 or not all(0 <= label < len(names) for label in labels) for _, labels in pictures):
         raise ValueError(f"the counterfactuals need three labels each in 0..{len(names) - 1}, like --real's subfolders")
     config = {"network": args.network, "heads": args.heads, "names": names, "side": args.side, "seed": args.seeds[0], "batch": args.batch,
               "ratio": args.ratio, "real": args.real, "counterfactuals": args.counterfactuals, "cgn": args.cgn,
+              "per_shape": args.per_shape if args.cgn else None, "scratch": args.scratch,
               "steps": 2 if args.dry_run else args.epochs * epoch, "lr": args.lr, "momentum": 0.9, "weight_decay": 1e-4,
               "decay": args.decay, "milestones": [epoch * number for number in args.milestones], "smoothing": args.label_smoothing,
               "save_every": args.save_every or epoch, "bf16": args.bf16}
@@ -712,7 +741,7 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
         except Exception as error:          # whatever a hostile or broken file makes the reader raise
             raise ValueError(f"{args.weights} is no state dict of {args.network} ({str(error).splitlines()[0]}): name another with "
                              "--weights, or start anew with --scratch") from None
-    model = Ensemble(network, args.heads)
+    model = Ensemble(network, args.heads, frozen=not args.scratch)
     if len(names) != 1000:                          # heads of another data set start anew
         model.heads = nn.ModuleList(nn.Linear(model.heads[0].in_features, len(names)) for _ in range(args.heads))
 
@@ -730,24 +759,32 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
         counterfactual = lambda first: draw_steps(model_cgn, first, made, args.side, args.seeds[0], args.per_shape, part)
     elif pictures:
         counterfactual = from_files(pictures, made)
-    print(f"{args.network} with {args.heads} heads: {len(files)} real images, {len(names)} classes, {len(pictures)} counterfactuals"
-          f"{' and ' + args.cgn if args.cgn else ''}; {config['steps']} steps of {args.batch} + {made if counterfactual else 0}; "
-          f"writing to {out}")
-    train_ensemble(config, model.to(args.device), real, counterfactual, out, args.device)
-    print(f"done; next: python evaluate.py --ensemble {out / 'checkpoint.pt'} --imagenet path/to/val")
+    if rank == 0:
+        print(f"{args.network} with {args.heads} heads: {len(files)} real images, {len(names)} classes, {len(pictures)} counterfactuals"
+              f"{' and ' + args.cgn if args.cgn else ''}; {config['steps']} steps of {args.batch} + {made if counterfactual else 0}; "
+              f"writing to {out}", flush=True)
+    try:
+        train_ensemble(config, model.to(args.device), real, counterfactual, out, args.device)
+    except RuntimeError as error:           # where a worker dies, torch raises this from a signal, wherever the training is
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"{str(error).splitlines()[0]} Its pictures may need more memory: try fewer --workers; the last "
+                         "checkpoint is kept") from None
+    if rank == 0:
+        print(f"done; next: python evaluate.py --ensemble {out / 'checkpoint.pt'} --imagenet path/to/val")
 
 
 def _say_main(args: argparse.Namespace) -> None:
     if not args.checkpoint:
         raise ValueError(f"--say {args.say} needs --checkpoint, the ensemble's")
-    model = load_ensemble(args.checkpoint)
+    model = load_ensemble(args.checkpoint).to(args.device)
     if model.config["heads"] != 3:
         raise ValueError(f"{args.checkpoint} has {model.config['heads']} head: the sentence needs those of shape, texture and background")
     picture = F_image.pil_to_tensor(u2net.open_photo(args.say))
     names = model.config["names"]
     if len(names) == 1000:                          # folders are named by WordNet number, in torchvision's order
         names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    print(sentence(model, evaluation_cut(picture, model.config["side"])[None].float() / 255, names))
+    print(sentence(model, evaluation_cut(picture, model.config["side"])[None].to(args.device).float() / 255, names))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -762,15 +799,15 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--cause", action="store_true", help="Table 5: which signal is the cause, found in environments (double-colored "
                       "in the paper)")
     data = parser.add_argument_group("on what, and how (section 4.3, C.4)")
-    data.add_argument("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), default=list(mnist_variants.NAMES),
-                        help="imagenet: the ensemble of three heads, see below (default: the MNIST variants)")
+    data.add_argument("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), help="imagenet: the ensemble of three "
+                      "heads, see below (default: the MNIST variants; for --cause those with backgrounds)")
     data.add_argument("--method", nargs="+", choices=METHODS, default=list(METHODS))
     data.add_argument("--label", choices=LABELS, default="shape", help="what the classifier reads (default: %(default)s)")
     data.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data, generator and classifier together")
     data.add_argument("--count", type=int, default=100_000, help="generated images (default: %(default)s)")
-    data.add_argument("--per-shape", type=int, default=10, help="counterfactuals that share a shape (default: %(default)s)")
-    data.add_argument("--steps", type=int, default=12_000, help=f"of a classifier, {BATCH} images each, of IRM's "
-                      f"{IRM_STEPS} times as many (default: %(default)s)")
+    data.add_argument("--per-shape", type=int, help="counterfactuals that share a shape (default: 10; of --cgn's 1)")
+    data.add_argument("--steps", type=int, default=12_000, help=f"of a classifier, {BATCH} images each; of IRM's {IRM_BATCH}, "
+                      f"and 3 (wildlife: 6) times as many (default: %(default)s)")
     data.add_argument("--generator-steps", type=int, help="of a missing CGN or GAN (default: as cgn.py)")
     data.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: draw textures)")
     data.add_argument("--variance", type=float, default=mnist_variants.COLOR_VARIANCE, help="colored, double-colored: of an "
@@ -803,7 +840,7 @@ def build_parser() -> argparse.ArgumentParser:
     imagenet.add_argument("--side", type=int, default=224, help="pixels of an image (default: %(default)s)")
     imagenet.add_argument("--workers", type=int, default=WORKERS, help="processes that read pictures (default: 4, at most one a CPU)")
     imagenet.add_argument("--save-every", type=int, help="steps between checkpoints (default: an epoch)")
-    imagenet.add_argument("--skip-broken", action="store_true", help="take the next picture for one that does not open")
+    imagenet.add_argument("--skip-broken", action="store_true", help="take the next picture for one that does not open, which is named")
     imagenet.add_argument("--out", default="runs/ensemble", help="folder of the run, continued if it is there (default: %(default)s)")
     imagenet.add_argument("--checkpoint", metavar="FILE", help="with --say: the ensemble's checkpoint")
     imagenet.add_argument("--say", metavar="PHOTO", help="what the three heads see in a picture")
@@ -825,6 +862,8 @@ def main(argv: Optional[list[str]] = None) -> None:
             torch.set_num_threads(min(args.threads, os.cpu_count()))
         if args.checkpoint and not args.say:
             raise ValueError(f"--checkpoint {args.checkpoint} needs --say PHOTO; evaluate.py --ensemble judges it on folders")
+        args.dataset = args.dataset or [name for name in mnist_variants.NAMES if not (args.cause and name == "colored")]
+        args.per_shape = args.per_shape or (1 if args.dataset == ["imagenet"] else 10)
         cgn.check_device(args.device)
         args.bf16 = cgn.bf16_pays(args.bf16, args.device)
         if args.dry_run:

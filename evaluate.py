@@ -3,6 +3,7 @@
     python evaluate.py --predictions predictions.csv                     # columns label,prediction: accuracy and confusion
     python evaluate.py --cue-conflict decisions.csv                      # columns file,decision: shape bias (Table 3)
     python evaluate.py --ensemble runs/ensemble/checkpoint.pt --imagenet9 path/to/bg_challenge       # BG-Gap (Table 4)
+    python evaluate.py --inception-score counterfactuals                 # a folder of pictures, or probabilities.csv (Table 1)
     python evaluate.py --cgn runs/wildlife-cgn-0/checkpoint.pt --textures path/to/dtd    # are the mechanisms independent?
 
 Fractions are in [0, 1]; a metric of nothing is a ValueError. The functions need torch alone; the command for a CGN imports
@@ -234,34 +235,74 @@ def read_rows(path: str, *columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def read_predictions(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels (N,) and predictions (N,) from a CSV file with whole-number columns `label` and `prediction`. ValueError."""
+    """Labels (N,) and predictions (N, K), the best first, from a CSV file with the columns `label`, a whole number, and
+    `prediction`, one or, with spaces between, more of them. ValueError."""
     rows = read_rows(path, ("label",), ("prediction",))
     try:
-        return tuple(torch.tensor([(int(label), int(prediction)) for label, prediction in rows]).T)
+        labels, ranked = torch.tensor([int(row[0]) for row in rows]), torch.tensor([list(map(int, row[1].split())) for row in rows])
     except (ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} is no table of whole numbers ({error}): it needs the columns label and prediction") from None
+    if not ranked.shape[1]:
+        raise ValueError(f"{path} has no prediction: its column holds whole numbers, the best first")
+    return labels, ranked
+
+
+def read_probabilities(path: str) -> torch.Tensor:
+    """(N, C) from a CSV file: a line of names, then a row an image with each class's probability. ValueError."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.reader(file))[1:]
+        return torch.tensor([list(map(float, row)) for row in rows], dtype=torch.float64)
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ValueError(f"{path} is no table of probabilities ({error}): a line of names, then a row an image, a column a class"
+                         ) from None
+
+
+def imagenet9_files(folder: Path) -> list[tuple[str, int]]:
+    """Pictures of a variation of ImageNet-9 and their classes 0..8, by subfolders 00_dog .. 08_fish; none where it holds other
+    files, as the published fg_mask does. Raises ValueError for other subfolders."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    files = [path for path in sorted(folder.glob("*/*")) if path.suffix.lower() in IMG_EXTENSIONS]
+    names = sorted({path.parent.name for path in files})
+    fits = [name.startswith(f"{number:02d}_") and word in name for number, (name, word) in enumerate(zip(names, IMAGENET9))]
+    if files and not (len(fits) == len(names) == 9 and all(fits)):
+        raise ValueError(f"{folder} has pictures in the subfolders {', '.join(names)}: 00_dog .. 08_fish are needed, "
+                         f"the classes {', '.join(IMAGENET9)}")
+    return [(str(path), int(path.parent.name[:2])) for path in files]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Measure predictions, or how independent a CGN's mechanisms are.")
+    parser = argparse.ArgumentParser(description="Measure predictions and pictures, or how independent a CGN's mechanisms are.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
     what = parser.add_argument_group("what to measure").add_mutually_exclusive_group(required=True)
-    what.add_argument("--predictions", help="CSV file with the columns label and prediction: accuracy and confusion")
+    what.add_argument("--predictions", help="CSV file with the columns label and prediction (a class, or the best ones with "
+                      "spaces between): top-1, top-5 and confusion")
     what.add_argument("--cue-conflict", help="CSV file with the columns file and decision (or imagename and object_response, as "
                       "published by Geirhos et al.), or with --ensemble the folder of images: shape bias")
     what.add_argument("--imagenet9", help="CSV file with the columns variation (mixed_same, ..), label (0..8) and prediction "
                       "(0..999), or with --ensemble the folder of variations: accuracies and BG-Gap")
-    what.add_argument("--imagenet", help="with --ensemble: folder with one subfolder a class: top-1 and top-5 accuracy")
-    what.add_argument("--cgn", help="checkpoint.pt of a CGN: the 3x3 table of its mechanisms, hidden digits, swapped classes")
+    what.add_argument("--imagenet", help="with --ensemble: folder with one subfolder a class: top-1 and top-5 accuracy; or one "
+                      "that cgn.py --counterfactuals wrote: each head by its own label")
+    what.add_argument("--inception-score", metavar="PATH", help="folder of pictures, or CSV file of probabilities: a line of "
+                      "names, then a row an image, a column a class")
+    what.add_argument("--masks", metavar="FOLDER", help="of pictures *-mask.png, as cgn.py --parts mask writes them: mean and binary "
+                      "entropy")
+    what.add_argument("--cgn", help="checkpoint.pt of a CGN. Of ImageNet's: Inception Score, mean mask and binary entropy. Of "
+                      "digits: the 3x3 table of its mechanisms, hidden digits, swapped classes")
     parser.add_argument("--ensemble", help="checkpoint.pt of classify.py --dataset imagenet: judge each head and their average")
-    how = parser.add_argument_group("readers of --cgn")
+    how = parser.add_argument_group("how")
+    how.add_argument("--skip-broken", action="store_true", help="leave pictures out that do not open; they are named")
+    how.add_argument("--splits", type=int, default=10, help="of the Inception Score (default: %(default)s)")
+    how.add_argument("--inception", metavar="FILE", help="network of the Inception Score (default: torchvision's inception_v3, in "
+                     "weights/, fetched where it is absent; the miniature's: its own)")
     how.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
-    how.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader (default: %(default)s)")
+    how.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader of digits (default: %(default)s)")
     how.add_argument("--shape-readers", type=int, default=1, help="so many look for hidden digits (default: %(default)s)")
     how.add_argument("--bf16", action="store_true", help="train the readers in bfloat16")
     how.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
     how.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
     how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--device", default="cpu", help="of networks (default: %(default)s)")
     parser.add_argument("--out", help="JSON file to write as well")
     return parser
 
@@ -270,9 +311,15 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        main_of = next(main_of for main_of, given in (
+        for name in ("samples", "reader_steps", "shape_readers", "splits"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        main_of, source = next((main_of, source) for main_of, source in (
             (_predictions_main, args.predictions), (_cue_conflict_main, args.cue_conflict), (_imagenet9_main, args.imagenet9),
-            (_imagenet_main, args.imagenet), (_cgn_main, True)) if given)
+            (_imagenet_main, args.imagenet), (_inception_main, args.inception_score), (_masks_main, args.masks),
+            (_cgn_main, args.cgn)) if source)
+        if args.ensemble and not Path(source).is_dir():
+            raise ValueError(f"--ensemble {args.ensemble} judges the pictures of a folder: {source} is none")
         result = main_of(args)
         if args.out:
             partial = Path(f"{args.out}.partial")
@@ -282,76 +329,88 @@ def main(argv: Optional[list[str]] = None) -> None:
         parser.error(str(error))
 
 
-def _predictions_main(args: argparse.Namespace) -> dict:
-    labels, predictions = read_predictions(args.predictions)
-    classes = int(max(labels.max(), predictions.max())) + 1
-    if classes > 1000:
-        raise ValueError(f"{args.predictions} names class {classes - 1}: a table is made of 0..999 at most")
-    counts = confusion(predictions, labels, classes)
-    print(f"accuracy {100 * accuracy(predictions, labels):.2f} % of {len(labels)}\n\n| label \\ prediction | "
-          + " | ".join(str(column) for column in range(len(counts))) + " |\n" + "|---" * (len(counts) + 1) + "|")
-    for row, line in enumerate(counts.tolist()):
-        print(f"| {row} | " + " | ".join(str(count) for count in line) + " |")
-    return {"accuracy": accuracy(predictions, labels), "samples": len(labels), "confusion": counts.tolist()}
-
-
-def _load_ensemble(args: argparse.Namespace, least: int):
-    """The model of --ensemble, which must know as many classes as the data set, or more."""
-    import classify
-    if not args.ensemble:
-        raise ValueError("a folder of images needs --ensemble, the checkpoint that judges them")
-    model = classify.load_ensemble(args.ensemble)
-    if len(model.config["names"]) < least:
-        raise ValueError(f"{args.ensemble} knows {len(model.config['names'])} classes: {least} are needed")
-    return model
-
-
-def _judge(model, paths: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Probabilities (N, C) of pictures, by head and by the average of the heads."""
-    import cgn
-    import classify
-    scores = classify.score(model, paths)                                           # (N, heads, C)
-    heads = dict(zip(cgn.MECHANISMS, scores.unbind(1))) if scores.shape[1] == 3 else {}
-    return {name: part.softmax(dim=1) for name, part in {**heads, "average": scores.mean(dim=1)}.items()}
-
-
-def _print_table(first: str, rows: dict[str, dict[str, float]]) -> None:
+def _print_table(first: str, rows: dict[str, dict]) -> None:
+    """Fractions in percent, all else as it is."""
     columns = list(next(iter(rows.values())))
     print(f"| {first} | {' | '.join(columns)} |\n" + "|---" * (1 + len(columns)) + "|")
     for name, row in rows.items():
-        print(f"| {name} | " + " | ".join(f"{100 * row[column]:.2f} %" for column in columns) + " |")
+        print(f"| {name} | " + " | ".join(f"{100 * row[column]:.2f} %" if isinstance(row[column], float) else str(row[column])
+                                          for column in columns) + " |")
+
+
+def _predictions_main(args: argparse.Namespace) -> dict:
+    labels, ranked = read_predictions(args.predictions)
+    classes, best = int(max(labels.max(), ranked.max())) + 1, min(5, ranked.shape[1])
+    if classes > 1000:
+        raise ValueError(f"{args.predictions} names class {classes - 1}: a table is made of 0..999 at most")
+    counts = confusion(ranked[:, 0], labels, classes)
+    row = {"samples": len(labels), "top-1": accuracy(ranked[:, 0], labels)}
+    if best > 1:
+        row[f"top-{best}"] = (ranked[:, :best] == labels[:, None]).any(dim=1).double().mean().item()
+    _print_table("accuracy", {"predictions": row})
+    if classes <= 50:                                       # else it is in --out only
+        print()
+        _print_table("label \\ prediction", {str(label): dict(zip(map(str, range(classes)), line))
+                                             for label, line in enumerate(counts.tolist())})
+    return {**row, "confusion": counts.tolist()}
+
+
+def _judge(args: argparse.Namespace, paths: Sequence[str], least: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
+    """What --ensemble, which must know `least` classes, says of pictures: which of them opened (N,), the probabilities (M, C) of
+    these by head and by the average of the heads, and the classes' names."""
+    import cgn
+    import classify
+    import u2net
+    cgn.check_device(args.device)
+    if not args.ensemble:
+        raise ValueError("a folder of images needs --ensemble, the checkpoint that judges them")
+    model = classify.load_ensemble(args.ensemble).to(args.device)
+    names = model.config["names"]
+    if len(names) < least:
+        raise ValueError(f"{args.ensemble} knows {len(names)} classes: {least} are needed")
+    scores = classify.score(lambda x: model(u2net.normalise(x)), paths, model.config["side"], skip=args.skip_broken,
+                            device=args.device)                                     # (N, heads, C)
+    kept = ~scores.isnan().any(dim=2).any(dim=1)
+    if not kept.any():
+        raise ValueError(f"none of the {len(paths)} pictures opens, as {paths[0]}")
+    heads = dict(zip(cgn.MECHANISMS, scores[kept].unbind(1))) if scores.shape[1] == 3 else {}
+    return kept, {name: part.softmax(dim=1) for name, part in {**heads, "average": scores[kept].mean(dim=1)}.items()}, names
 
 
 def _cue_conflict_main(args: argparse.Namespace) -> dict:
     if Path(args.cue_conflict).is_dir():
         files = sorted(map(str, Path(args.cue_conflict).rglob("*.png")))
-        judged = {name: cue_conflict_decisions(probabilities) for name, probabilities in
-                  _judge(_load_ensemble(args, 1000), files).items()}
+        truth = list(map(cue_conflict_labels, files))
+        kept, judged, _ = _judge(args, files, 1000)
+        truth = [row for row, keep in zip(truth, kept) if keep]
+        judged = {name: cue_conflict_decisions(probabilities) for name, probabilities in judged.items()}
     else:
         files, decisions = zip(*read_rows(args.cue_conflict, ("file", "imagename"), ("decision", "object_response")))
         unknown = sorted(set(decisions) - CUE_CONFLICT.keys())
         if unknown:
             raise ValueError(f"{args.cue_conflict}: {unknown[0]!r} is none of the 16 categories ({', '.join(CUE_CONFLICT)})")
-        judged = {"decisions": decisions}
-    shape, texture = zip(*map(cue_conflict_labels, files))
+        truth, judged = list(map(cue_conflict_labels, files)), {"decisions": decisions}
+    shape, texture = zip(*truth)
     result = {}
     for name, decisions in judged.items():
-        bias, hits = shape_bias(decisions, shape, texture), cue_conflict_hits(decisions, shape, texture)
-        print(f"{name}: shape bias {100 * bias:.2f} %: of {len(files)} images {hits[0]} by shape, {hits[1]} by texture")
-        result[name] = {"shape_bias": bias, "shape_hits": hits[0], "texture_hits": hits[1], "images": len(files)}
-    return result if len(result) > 1 else result[name]
+        hits = cue_conflict_hits(decisions, shape, texture)
+        result[name] = {"shape bias": shape_bias(decisions, shape, texture), "by shape": hits[0], "by texture": hits[1],
+                        "images": len(truth)}
+    _print_table("cue conflict", result)
+    return result
 
 
 def _imagenet9_main(args: argparse.Namespace) -> dict:
     found = {}                                              # variation: labels, {head: predictions}
     if Path(args.imagenet9).is_dir():
-        folders = sorted(Path(args.imagenet9).glob("*/val"))
-        model = _load_ensemble(args, 1000) if folders else None
-        for folder in folders:
-            files = sorted(path for path in folder.glob("0[0-8]_*/*") if path.is_file())
-            judged = _judge(model, list(map(str, files)))
-            labels = torch.tensor([int(path.parent.name[:2]) for path in files])
-            found[folder.parent.name] = labels, {name: p.argmax(dim=1) for name, p in judged.items()}
+        for folder in sorted(Path(args.imagenet9).glob("*/val")):
+            files = imagenet9_files(folder)
+            if files:
+                paths, labels = zip(*files)
+                kept, judged, _ = _judge(args, paths, 1000)
+                found[folder.parent.name] = torch.tensor(labels)[kept], {name: p.argmax(dim=1) for name, p in judged.items()}
+        if not found:
+            raise ValueError(f"{args.imagenet9} has no folder VARIATION/val/00_dog .. 08_fish with pictures")
     else:
         rows = read_rows(args.imagenet9, ("variation",), ("label",), ("prediction",))
         for variation in dict.fromkeys(row[0] for row in rows):
@@ -367,29 +426,99 @@ def _imagenet9_main(args: argparse.Namespace) -> dict:
     for variation, (labels, judged) in found.items():
         for name, predictions in judged.items():
             result.setdefault(name, {})[variation] = imagenet9_accuracy(predictions, labels)
-    if not result:
-        raise ValueError(f"{args.imagenet9} has no folder VARIATION/val/00_dog .. 08_fish")
-    for row in result.values():
-        row["BG-Gap"] = bg_gap(row)
+    if {"mixed_same", "mixed_rand"} <= found.keys():
+        for row in result.values():
+            row["BG-Gap"] = bg_gap(row)
     _print_table("accuracy", result)
+    if "BG-Gap" not in next(iter(result.values())):
+        print("\nno BG-Gap: it needs mixed_same and mixed_rand")
     return result
 
 
 def _imagenet_main(args: argparse.Namespace) -> dict:
+    import cgn
     import classify
     files, labels = zip(*classify.labelled_files(args.imagenet))
-    model, labels = _load_ensemble(args, max(label[0] for label in labels) + 1), torch.tensor([label[0] for label in labels])
-    if not (Path(args.imagenet) / "labels.csv").exists():           # subfolders, which need not be all those of the training
-        names = sorted({Path(file).relative_to(args.imagenet).parts[0] for file in files})
-        unknown = [name for name in names if name not in model.config["names"]]
+    labels = torch.tensor(labels)                                                   # (N, 1), of counterfactuals (N, 3)
+    kept, judged, names = _judge(args, files, int(labels.max()) + 1)
+    if labels.shape[1] == 1:                                # subfolders, which need not be all those of the training
+        held = sorted({Path(file).relative_to(args.imagenet).parts[0] for file in files})
+        unknown = [name for name in held if name not in names]
         if unknown:
             raise ValueError(f"{args.imagenet} has a subfolder {unknown[0]!r}, a class that {args.ensemble} was not trained on")
-        labels = torch.tensor([model.config["names"].index(name) for name in names])[labels]
-    judged = _judge(model, files)
-    result = {name: {"top-1": accuracy(p.argmax(dim=1), labels), "top-5": top_k_accuracy(p, labels, min(5, p.shape[1]))}
-              for name, p in judged.items()}
+        labels = {name: torch.tensor([names.index(name) for name in held])[labels[kept, 0]] for name in judged}
+    elif len(judged) < 3:
+        raise ValueError(f"{args.ensemble} has one head: {args.imagenet} has a label for each of three")
+    else:
+        labels = dict(zip(cgn.MECHANISMS, labels[kept].T))
+    result = {name: {"top-1": accuracy(judged[name].argmax(dim=1), y), "top-5": top_k_accuracy(judged[name], y, min(5, len(names)))}
+              for name, y in labels.items()}
     _print_table("accuracy", result)
     return result
+
+
+def _read_inception(args: argparse.Namespace, default: str) -> tuple[Callable, int]:
+    """Images (N, 3, side, side) in [-1, 1] -> probabilities (N, C), by --inception or weights/`default`; and their side."""
+    import biggan
+    import cgn
+    import classify
+    cgn.check_device(args.device)
+    network = cgn.read_classifier(biggan.find_weights(args.inception or cgn.WEIGHTS / default)).to(args.device)
+    return lambda x: network(x).softmax(dim=1), 32 if isinstance(network, classify.Classifier) else 299
+
+
+def _print_score(args: argparse.Namespace, probabilities: torch.Tensor, more: dict[str, float] = {}) -> dict:
+    mean, std = inception_score(probabilities, args.splits, args.seed)
+    _print_table("images", {str(len(probabilities)): {f"Inception Score, {args.splits} splits": f"{mean:.2f} ± {std:.2f}",
+                                                      **{name: f"{value:.3f}" for name, value in more.items()}}})
+    return {"images": len(probabilities), "splits": args.splits, "inception_score": mean, "std": std, **more}
+
+
+def _inception_main(args: argparse.Namespace) -> dict:
+    if not Path(args.inception_score).is_dir():
+        return _print_score(args, read_probabilities(args.inception_score))
+    import cgn
+    import classify
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+    if (Path(args.inception_score) / "labels.csv").exists():                        # masks may lie beside the pictures
+        files = [file for file, _ in classify.labelled_files(args.inception_score)]
+    else:
+        files = sorted(str(path) for path in Path(args.inception_score).rglob("*") if path.suffix.lower() in IMG_EXTENSIONS)
+    network, side = _read_inception(args, cgn.PAPER["inception"])
+    probabilities = classify.score(lambda x: network(2 * x - 1), files, side, classify.whole, args.skip_broken, args.device)
+    return _print_score(args, probabilities[~probabilities.isnan().any(dim=1)])
+
+
+def _masks_main(args: argparse.Namespace) -> dict:
+    import cgn
+    import classify
+    found = []
+    for path in sorted(Path(args.masks).glob("*-mask.png")):
+        picture = classify.read_picture(str(path), args.skip_broken)
+        if picture is not None:
+            m = picture[:1] / 255
+            found.append((m.mean().item(), cgn.binary_entropy(m).item()))
+    if not found:
+        raise ValueError(f"{args.masks} holds no *-mask.png that opens: cgn.py --counterfactuals N --parts mask writes them")
+    means, entropies = zip(*found)
+    (mean, std), (entropy, _) = mean_std(means), mean_std(entropies)
+    _print_table("masks", {str(len(found)): {"mean": f"{mean:.3f} ± {std:.3f}", "binary entropy [bit]": f"{entropy:.3f}"}})
+    return {"masks": len(found), "mask_mean": mean, "mask_std": std, "binary_entropy": entropy}
+
+
+@torch.no_grad()
+def _imagenet_cgn(args: argparse.Namespace, model, default: str) -> dict:
+    """Inception Score, mean mask and binary entropy of what an ImageNet CGN draws, one label for all three mechanisms."""
+    import cgn
+    network, _ = _read_inception(args, default)
+    probabilities, masks = [], []
+    for start in range(0, args.samples, 10):
+        u, y, _ = cgn.draw_training(model, args.seed, range(start, min(start + 10, args.samples)), model.truncation)
+        sample = model(u.to(args.device), y.to(args.device), model.truncation)
+        probabilities.append(network(sample.image).cpu())
+        masks += [(m.mean().item(), cgn.binary_entropy(m).item()) for m in sample.mask]
+    mean, entropy = torch.tensor(masks).mean(dim=0).tolist()
+    return _print_score(args, torch.cat(probabilities), {"mask_mean": mean, "binary_entropy": entropy})
 
 
 def _cgn_main(args: argparse.Namespace) -> dict:
@@ -397,27 +526,30 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     import cgn
     import classify
     import mnist_variants
-    if min(args.samples, args.reader_steps, args.shape_readers) < 1:
-        raise ValueError(f"--samples {args.samples}, --reader-steps {args.reader_steps}, --shape-readers {args.shape_readers}: all "
-                         "must be at least 1")
-    model = cgn.load(args.cgn)
-    mini = isinstance(model, cgn.ImagenetCGN)
+    cgn.check_device(args.device)
+    model = cgn.load(args.cgn).to(args.device)
+    if isinstance(model, cgn.MnistGAN):
+        raise ValueError(f"{args.cgn} is a GAN's checkpoint: it has no mechanisms to measure")
+    mini, scores = isinstance(model, cgn.ImagenetCGN), {}
     if mini and (model.classes, model.resolution) != (10, mnist_variants.SIZE):
-        raise ValueError(f"{args.cgn} makes {model.classes} classes of {model.resolution} x {model.resolution} pixels: there are "
-                         "readers of digits only")
+        return _imagenet_cgn(args, model, cgn.PAPER["inception"])
     if mini and "networks" not in model.config:
         raise ValueError(f"{args.cgn} does not name its teacher, to which masks are compared: give the training's checkpoint.pt")
+    if mini:
+        scores = _imagenet_cgn(args, model, cgn.MINI["inception"])
+        print()
     name = "wildlife" if mini else model.config["dataset"]
     data = {"textures": args.textures or model.config.get("textures"), "root": args.mnist, "seed": args.seed,
             "variance": model.config.get("variance", mnist_variants.COLOR_VARIANCE)}
     train = mnist_variants.load(name, "train", agreement=0.1, **data)
     val = mnist_variants.load(name, "val", **data)
-    bf16 = cgn.bf16_pays(args.bf16, "cpu")
+    bf16 = cgn.bf16_pays(args.bf16, args.device)
 
     def reader(label: str, seed: int) -> Optional[Reader]:
         if getattr(train, label)[0] < 0:
             return None
-        model = classify.fit([(train.images, getattr(train, label), classify.BATCH)], args.reader_steps, seed, bf16=bf16)
+        model = classify.fit([(train.images, getattr(train, label), classify.BATCH)], args.reader_steps, seed, bf16=bf16,
+                             device=args.device)
         found = classify.predict(model, val.images)
         print(f"{label} reader: {100 * accuracy(found, getattr(val, label)):.1f} % of the validation split", flush=True)
         return model
@@ -430,16 +562,16 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     order = torch.randint(len(val.shape), (args.samples,), generator=generator)
     mask, fore, back = (part[order] for part in parts)
     size = (-1, -1, mnist_variants.SIZE, mnist_variants.SIZE)
-    real = (mask.float() / 255, cgn.to_float(fore).expand(size), cgn.to_float(back).expand(size))
-    u, y, arrangement = cgn.draw(model, args.seed, range(args.samples), truncation=model.truncation)
+    real = [part.to(args.device) for part in (mask.float() / 255, cgn.to_float(fore).expand(size), cgn.to_float(back).expand(size))]
+    u, y, arrangement = (drawn.to(args.device) for drawn in cgn.draw(model, args.seed, range(args.samples), truncation=model.truncation))
     with torch.no_grad():
         sample = model(tuple(u), y[0], model.truncation if mini else arrangement)
         if mini:
-            teacher = biggan.load(biggan.find_weights(cgn.WEIGHTS / model.config["networks"]["teacher"]))
+            teacher = biggan.load(biggan.find_weights(cgn.WEIGHTS / model.config["networks"]["teacher"])).to(args.device)
             iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0], model.truncation)))
     result = disentanglement(sample, y[0], real, readers)
     hidden = [hidden_digits(texture, y[0], shape_readers) for texture in (sample.foreground, sample.background)]
-    usual = [hidden_digits(texture, label[order], shape_readers) for texture, label in zip(real[1:], labels[1:])]
+    usual = [hidden_digits(texture, label[order].to(args.device), shape_readers) for texture, label in zip(real[1:], labels[1:])]
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
@@ -448,7 +580,8 @@ def _cgn_main(args: argparse.Namespace) -> dict:
           f"swapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
           f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
           + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))
-    return {"table": result.table.tolist(), "hidden": hidden, "swapped": result.swapped, "mask_mean":
+    table = [[None if value != value else value for value in row] for row in result.table.tolist()]
+    return {**scores, "table": table, "hidden": hidden, "swapped": result.swapped, "mask_mean":
             sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
 
 
