@@ -357,7 +357,8 @@ def _predictions_main(args: argparse.Namespace) -> dict:
 
 def _judge(args: argparse.Namespace, paths: Sequence[str], least: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
     """What --ensemble, which must know `least` classes, says of pictures: which of them opened (N,), the probabilities (M, C) of
-    these by head and by the average of the heads, and the classes' names."""
+    these by head, by the average without the background's (the authors' code on ImageNet-9) and by that of all, and the
+    classes' names."""
     import cgn
     import classify
     import u2net
@@ -373,8 +374,10 @@ def _judge(args: argparse.Namespace, paths: Sequence[str], least: int) -> tuple[
     kept = ~scores.isnan().any(dim=2).any(dim=1)
     if not kept.any():
         raise ValueError(f"none of the {len(paths)} pictures opens, as {paths[0]}")
-    heads = dict(zip(cgn.MECHANISMS, scores[kept].unbind(1))) if scores.shape[1] == 3 else {}
-    return kept, {name: part.softmax(dim=1) for name, part in {**heads, "average": scores[kept].mean(dim=1)}.items()}, names
+    found = {"average": scores[kept].mean(dim=1)}
+    if scores.shape[1] == 3:
+        found = {**dict(zip(cgn.MECHANISMS, scores[kept].unbind(1))), "shape + texture": scores[kept, :2].mean(dim=1), **found}
+    return kept, {name: part.softmax(dim=1) for name, part in found.items()}, names
 
 
 def _cue_conflict_main(args: argparse.Namespace) -> dict:

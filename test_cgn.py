@@ -1942,7 +1942,7 @@ def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_
     assert "background" not in held and "texture" in held
     table = miniature.tables34(tmp_path / "runs", steps=2, count=100)
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| real"] + [
-        f"| real + CGN{head}" for head in ("/shape", "/texture", "/background", "")]
+        f"| real + CGN{head}" for head in ("/shape", "/texture", "/background", "/shape + texture", "")]
     table = miniature.patches(samples=20, steps=2).splitlines()[2:]
     assert [row.split(" | ")[0] for row in table] == ["| whole"] * 2 + ["| half as high"] * 2
     shares = [float(row.split(" | ")[2].split()[0]) for row in table]
