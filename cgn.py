@@ -25,12 +25,14 @@ Glossary (N images, C classes, Z noise dimensions, R pixels: 32, or 256 on Image
     x_gt     the frozen BigGAN's image  (N, 3, R, R)    -1 .. 1
 """
 import argparse
+import errno
 import io
 import json
 import os
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional, Sequence, Union
 
@@ -39,10 +41,9 @@ import torch
 import torch.distributed as distributed
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder, find_classes, has_file_allowed_extension
 from torchvision.models.vgg import make_layers
 from torchvision.transforms import functional as F_image
 
@@ -194,9 +195,9 @@ def patch_grid(x: torch.Tensor, m: torch.Tensor, draws: torch.Tensor, patch: Uni
 # -------------------------------------------------------------------------------------------------------------- randomness
 
 def rng(seed: int, index: int) -> np.random.Generator:
-    """The one source of everything that belongs to `index` (a training step, a sampled image) under `seed`, both >= 0.
+    """The one source of everything that belongs to `index` (a training step, or a sampled image) under `seed`, both >= 0.
 
-    Philox is counter-based: no two (seed, index) share a stream, and none depends on what was drawn before.
+    Philox is counter-based: no two pairs of these share a stream, and none depends on what was drawn before.
     """
     return np.random.Generator(np.random.Philox(key=[seed, index]))
 
@@ -239,11 +240,11 @@ class Up(nn.Module):
 class Start(nn.Module):
     """u and the label's embedding -> `channels` feature maps of `side` x `side` cells."""
 
-    def __init__(self, classes: int, noise: int, channels: int, side: int):
+    def __init__(self, classes: int, channels: int, side: int):
         super().__init__()
         self.embedding = nn.Linear(classes, 10, bias=False)     # a weight matrix, so that class weights can be blended
         nn.init.normal_(self.embedding.weight)
-        self.linear = nn.Linear(noise + 10, channels * side * side, bias=False)
+        self.linear = nn.Linear(NOISE + 10, channels * side * side, bias=False)
         self.side = side
 
     def forward(self, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -258,18 +259,17 @@ class ShapeMechanism(nn.Module):
     the `color_loss` of b, nothing in the paper's losses keeps foreground and background from swapping roles for some classes.
     """
 
-    def __init__(self, classes: int, noise: int = NOISE, width: int = 48, margin: int = MARGIN):
+    def __init__(self, classes: int, margin: int = MARGIN):
         super().__init__()
-        self.start = Start(classes, noise, 4 * width, 4)
-        self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True), Up(4 * width, 2 * width, 1),
-                                  Up(2 * width, width, 1), Up(width, width // 2, 1))
-        self.out = nn.Conv2d(width // 2, 1, 3, padding=1)
+        self.start = Start(classes, 192, 4)
+        self.body = nn.Sequential(nn.BatchNorm2d(192), nn.ReLU(inplace=True), Up(192, 96, 1), Up(96, 48, 1), Up(48, 24, 1))
+        self.out = nn.Conv2d(24, 1, 3, padding=1)
         side = mnist_variants.SIZE
         interior = F.pad(torch.ones(1, 1, side - 2 * margin, side - 2 * margin), (margin,) * 4)
         self.register_buffer("interior", interior, persistent=False)
 
     def forward(self, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h = self.body(self.start(u, y))                                             # (N, width/2, 32, 32)
+        h = self.body(self.start(u, y))                                             # (N, 24, 32, 32)
         return torch.sigmoid(self.out(h)) * self.interior                           # (N, 1, 32, 32) in [0, 1]
 
 
@@ -281,29 +281,26 @@ class TextureMechanism(nn.Module):
     DEVIATION: the paper rearranges just before the output layer. Here convolutions follow, which close the seams.
     """
 
-    def __init__(self, classes: int, noise: int = NOISE, width: int = 32):
+    def __init__(self, classes: int):
         super().__init__()
-        self.start = Start(classes, noise, 2 * width, CELLS)
-        self.body = nn.Sequential(nn.BatchNorm2d(2 * width), nn.ReLU(inplace=True), Up(2 * width, width, 0),
-                                  Up(width, width // 2, 0))
-        self.out = nn.Conv2d(width // 2, 3, 3)
+        self.start = Start(classes, 64, CELLS)
+        self.body = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU(inplace=True), Up(64, 32, 0), Up(32, 16, 0))
+        self.out = nn.Conv2d(16, 3, 3)
 
     def forward(self, u: torch.Tensor, y: torch.Tensor, arrangement: torch.Tensor) -> torch.Tensor:
-        h = self.start(u, y).flatten(2)                                             # (N, 2 width, 100)
+        h = self.start(u, y).flatten(2)                                             # (N, 64, 100)
         h = h.gather(2, arrangement[:, None].expand_as(h)).unflatten(2, (CELLS, CELLS))
-        h = self.body(h.contiguous(memory_format=torch.channels_last))              # (N, width/2, 34, 34)
+        h = self.body(h.contiguous(memory_format=torch.channels_last))              # (N, 16, 34, 34)
         return torch.tanh(self.out(h))                                              # (N, 3, 32, 32)
 
 
 class MnistCGN(nn.Module):
     """The three mechanisms and the composer (appendix B, MNISTs; the background is a second texture mechanism)."""
 
-    def __init__(self, classes: int = 10, noise: int = NOISE, margin: int = MARGIN, shuffle: str = "shift"):
+    def __init__(self, classes: int = 10, margin: int = MARGIN, shuffle: str = "shift"):
         super().__init__()
-        self.classes, self.noise, self.shuffle = classes, noise, shuffle
-        self.f_shape = ShapeMechanism(classes, noise, margin=margin)
-        self.f_text = TextureMechanism(classes, noise)
-        self.f_bg = TextureMechanism(classes, noise)
+        self.classes, self.noise, self.shuffle = classes, NOISE, shuffle
+        self.f_shape, self.f_text, self.f_bg = ShapeMechanism(classes, margin), TextureMechanism(classes), TextureMechanism(classes)
 
     def forward(self, u, y, arrangement: Optional[torch.Tensor] = None) -> Sample:
         """u (N, Z), y labels (N,) or class weights (N, C), each one tensor or a triple (shape, foreground, background).
@@ -338,13 +335,12 @@ def random_arrangement(count: int, shuffle: str) -> torch.Tensor:
 class MnistGAN(nn.Module):
     """A conditional GAN without mechanisms, the baseline "Original + GAN" of Table 2: one network makes the whole image."""
 
-    def __init__(self, classes: int = 10, noise: int = NOISE, width: int = 48):
+    def __init__(self, classes: int = 10):
         super().__init__()
-        self.classes, self.noise, self.shuffle = classes, noise, "shift"
-        self.start = Start(classes, noise, 4 * width, 4)
-        self.body = nn.Sequential(nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True), Up(4 * width, 2 * width, 1),
-                                  Up(2 * width, width, 1), Up(width, width, 1))
-        self.out = nn.Conv2d(width, 3, 3, padding=1)
+        self.classes, self.noise, self.shuffle = classes, NOISE, "shift"
+        self.start = Start(classes, 192, 4)
+        self.body = nn.Sequential(nn.BatchNorm2d(192), nn.ReLU(inplace=True), Up(192, 96, 1), Up(96, 48, 1), Up(48, 48, 1))
+        self.out = nn.Conv2d(48, 3, 3, padding=1)
 
     def forward(self, u, y, arrangement: Optional[torch.Tensor] = None) -> Sample:
         """Called like a CGN, so that it trains and samples alike; uses the first u and y. All of the image is foreground."""
@@ -528,7 +524,7 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
             if not all(np.isfinite(value) for value in row.values()):
                 raise ValueError(f"step {done}: not finite: {row}; the last checkpoint is kept: try a smaller --lr")
             rate = (done - first) / (time.time() - started)
-            log_row(out, {**row, "steps_per_second": round(rate, 2)})
+            append_row(out / "log.jsonl", {**row, "steps_per_second": round(rate, 2)})
             if done == first + config["log_every"]:
                 print(f"{rate:.1f} steps/s, {(config['steps'] - done) / rate / 60:.1f} minutes to go; a sheet every "
                       f"{config['sheet_every']} steps, beside checkpoint.pt, from which the same command continues")
@@ -689,7 +685,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
             continue
         done = step + 1
         rate = (done - first) / (time.time() - started)
-        log_row(out, {**row, "updates_per_second": float(f"{rate:.3g}")})
+        append_row(out / "log.jsonl", {**row, "updates_per_second": float(f"{rate:.3g}")})
         if done == first + 1:
             print(f"{rate:.2g} updates/s, {(config['steps'] - done) / rate / 3600:.2f} hours to go; a sheet every "
                   f"{config['sheet_every']} updates, beside checkpoint.pt, from which the same command continues")
@@ -704,7 +700,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
             print(f"{chr(13) if sys.stdout.isatty() else ''}update {done}: {time.time() - started:.0f} s, {path}")
             if classifier is not None:
                 score = inception_score(model, classifier, config["scored"], config["truncation"], config["seed"], config["batch"])
-                log_row(out, {"step": done, "inception_score": score})
+                append_row(out / "log.jsonl", {"step": done, "inception_score": score})
                 print(f"update {done}: Inception Score {score:.2f} of {config['scored']} images")
             save_state(out / "checkpoint.pt", {"config": config, "step": done,      # last: what is logged after it would be lost
                                           **{name: part.state_dict() for name, part in parts.items()}})
@@ -718,19 +714,24 @@ def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def continue_run(out: Path, config: dict, parts: dict, write: bool = True) -> int:
-    """Load the checkpoint in `out`, if there is one, into `parts`; cut the log back to it (`write`); return its step."""
+    """Load the checkpoint in `out`, if there is one, into `parts`; cut the log back to it (`write`); return its step.
+
+    Raises ValueError where the log or the checkpoint is another run's.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another --out, for a folder")
     out.mkdir(parents=True, exist_ok=True)
     path, log = out / "checkpoint.pt", out / "log.jsonl"
-    rows = read_lines(log)
-    if rows and rows[0] != json.loads(json.dumps(config)):
-        changed = [key for key in config if rows[0].get(key) != json.loads(json.dumps(config[key]))]
-        raise ValueError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or the same options "
-                         "to continue it")
-    if not path.exists():
+    rows, state, asked = read_lines(log), read_checkpoint(path) if path.exists() else None, json.loads(json.dumps(config))
+    for held in (*rows[:1], *([json.loads(json.dumps(state["config"]))] if state else ())):
+        if held != asked:
+            changed = [key for key in {**asked, **held} if held.get(key) != asked.get(key)]
+            raise ValueError(f"{out} holds a run with another {', '.join(changed)}: choose another --out, or the same options "
+                             "to continue it")
+    if not state:
         if write:
             mnist_variants.write_file(log, (json.dumps(config) + "\n").encode())
         return 0
-    state = read_checkpoint(path)
     for name, part in parts.items():
         part.load_state_dict(state[name])
     if write:
@@ -753,17 +754,25 @@ def read_lines(path: Path) -> list[dict]:
     return rows
 
 
-def log_row(out: Path, row: dict) -> None:
-    """Append a line of JSON to the log in `out`."""
-    with open(out / "log.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+def append_row(path: Path, row: dict) -> None:
+    """Append a line of JSON, all of it or nothing. Raises OSError."""
+    line = (json.dumps(row) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line) < len(line):                # a disk that is nearly full takes a part
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror}): make room; what was written before is intact") from None
 
 
 def save_state(path: Path, state: dict) -> None:
     """torch.save, atomically. Raises OSError."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    mnist_variants.write_file(path, buffer.getvalue())
+    mnist_variants.write_file(path, buffer.getbuffer())
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -1046,7 +1055,7 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
     """Training images (N, 3, 32, 32) uint8, labels (N,) long and class names of an MNIST variant or of a labelled folder.
 
     A folder holds one subfolder a class; pictures are scaled so that the shorter side has 32 pixels and cut to the middle.
-    Raises ValueError for a name that is neither, an empty folder and a picture that does not open.
+    Raises ValueError for a name that is neither, an empty folder and, by its name, a picture that does not open.
     """
     if dataset in mnist_variants.NAMES:
         data = mnist_variants.load(dataset, "train", seed=seed, textures=textures, variance=variance, root=mnist)
@@ -1055,13 +1064,30 @@ def load_images(dataset: str, *, seed: int = 0, textures: Optional[str] = None, 
         raise ValueError(f"unknown data set {dataset!r}: choose {', '.join(mnist_variants.NAMES)}, or a folder with one "
                          "subfolder a class")
     try:
-        folder = ImageFolder(dataset)
+        folder = PictureFolder(dataset)
         pictures = [F_image.center_crop(F_image.resize(picture, mnist_variants.SIZE), mnist_variants.SIZE)
                     for picture, _ in folder]
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:           # SyntaxError: a PNG that is cut off
+    except OSError as error:
         raise ValueError(f"{dataset} cannot be read ({error}): it needs one subfolder a class, with pictures in each") from None
     images = torch.stack([F_image.pil_to_tensor(picture) for picture in pictures])
     return images, torch.tensor(folder.targets), folder.classes
+
+
+class PictureFolder(ImageFolder):
+    """torchvision's, without hidden files and folders, and with pictures as they are meant to be seen (`u2net.open_photo`)."""
+
+    def __init__(self, folder: str):
+        super().__init__(folder, loader=partial(u2net.open_photo, smallest=1), is_valid_file=lambda path:
+                         has_file_allowed_extension(path, IMG_EXTENSIONS) and not os.path.basename(path).startswith("."))
+
+    def find_classes(self, directory: Union[str, os.PathLike]) -> tuple[list[str], dict[str, int]]:
+        names = class_folders(directory)
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def class_folders(folder: Union[str, os.PathLike]) -> list[str]:
+    """The names of the subfolders, sorted: the classes. Raises FileNotFoundError for none."""
+    return [name for name in find_classes(folder)[0] if not name.startswith(".")]
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -1181,8 +1207,18 @@ def main(argv: Optional[list[str]] = None) -> None:
         if set(args.without) == set(WITHOUT):
             raise ValueError(f"--without {' '.join(args.without)}: no loss is left")
         check_device(args.device)
-        if args.seed < 0:
-            raise ValueError(f"--seed {args.seed}: must be 0 or more")
+        if not 0 <= args.seed < 2 ** 63:
+            raise ValueError(f"--seed {args.seed}: must be in 0..2^63 - 1")
+        if not 0 <= args.interval[0] < args.interval[1] <= 1:
+            raise ValueError(f"--interval {args.interval[0]} {args.interval[1]}: two numbers in 0..1 are needed, the lower one first")
+        if not args.lr > 0:
+            raise ValueError(f"--lr {args.lr}: must be more than 0")
+        for name in ("counterfactuals", "interpolate", "triples", "outputs", "export"):
+            if getattr(args, name) not in (None, False) and not args.checkpoint:
+                raise ValueError(f"--{name} draws from a trained CGN: name its --checkpoint")
+        for name in ("mini", "accumulate", "lrs", "patch", "relative_patch", "without"):
+            if getattr(args, name) and args.dataset != "imagenet" and not args.checkpoint:
+                raise ValueError(f"--{name.replace('_', '-')} goes with --dataset imagenet, not with {args.dataset}")
         if args.threads:
             torch.set_num_threads(min(args.threads, os.cpu_count()))
         args.bf16 = bf16_pays(args.bf16, args.device)
@@ -1191,7 +1227,7 @@ def main(argv: Optional[list[str]] = None) -> None:
                 _sample_main(args)
         else:
             run = _imagenet_main if args.dataset == "imagenet" else _train_main
-            name = Path(args.dataset).name + ("-gan" if args.model == "gan" else "")
+            name = Path(args.dataset).resolve().name + ("-gan" if args.model == "gan" else "")
             with tempfile.TemporaryDirectory() as folder:
                 run(args, Path(folder) if args.dry_run else Path(args.out or f"runs/{name}"))
             if args.dry_run:
@@ -1208,7 +1244,7 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
     flat = args.dataset in ("colored", "double-colored")
     relativistic = not flat if args.adversarial is None else args.adversarial == "relativistic"
     config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "relativistic": relativistic,
-              "log_every": 50, "sheet_every": SHEET_EVERY, "names": names}
+              "log_every": 50, "sheet_every": SHEET_EVERY, "names": names, "images": len(images)}
     for key in ("dataset", "textures", "variance", "model", "seed", "shuffle", "margin", "steps", "batch", "lr", "binary",
                 "binary_warmup", "mask", "interval", "color", "noise", "bf16"):
         if getattr(args, key) is not None or key == "textures":
@@ -1323,6 +1359,10 @@ def _sample_main(args: argparse.Namespace) -> None:
         write_counterfactuals(model, out, args.counterfactuals, args.seed, args.per_shape, truncation, args.batch or 10, args.parts)
     elif args.counterfactuals is not None:
         out = Path(args.out or "counterfactuals.pt")
+        if args.parts:
+            raise ValueError(f"--parts {' '.join(args.parts)}: {args.checkpoint} is no CGN of ImageNet; leave it off")
+        if out.name == "checkpoint.pt":
+            raise ValueError(f"--out {out}: this is the name of a run's checkpoint, which would be lost; choose another")
         data = counterfactuals(model, args.counterfactuals, args.seed, args.per_shape)
         save_state(out, {**data._asdict(), "names": model.config["names"], "seed": args.seed, "per_shape": args.per_shape})
     elif (args.triples or args.outputs) and imagenet:

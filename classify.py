@@ -26,7 +26,6 @@ together from real ones (4.3, C.4):
 import argparse
 import copy
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -43,7 +42,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torchvision import transforms
-from torchvision.datasets.folder import ImageFolder, find_classes
 from torchvision.transforms import functional as F_image
 
 import biggan
@@ -318,9 +316,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
         held_out = mnist_variants.load(dataset, name, agreement=float(agreement) if agreement else None, **data)
         row[split] = evaluate.accuracy(predict(classifier, held_out.images), held_out.shape if agreement else getattr(held_out, label))
     row["seconds"] = round(time.time() - started)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    cgn.append_row(path, row)
     print(f"{dataset}, {method}, seed {seed}: " + ", ".join(f"{split} {100 * row[split]:.1f} %" for split in splits)
           + f" ({row['seconds']} s)", flush=True)
     return row
@@ -440,15 +436,19 @@ def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title:
         draw.text((20, place(10 ** x_low, y)[1] - 8), str(y), "black", font)
     for x in sorted({x for x, _ in points}):
         draw.text((place(x, y_low)[0] - 15, height - 32), f"{x:,}", "black", font)
-    free = height                                                               # names stand beside the curves' ends, none over another
+    free = height                                                               # names stand at the curves' ends, none over another
     for number, (name, curve) in sorted(enumerate(curves.items()), key=lambda pair: pair[1][1][-1][1]):
         color = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#e69f00")[number]      # Okabe & Ito: safe for colour blindness
         corners = [place(*point) for point in curve]
         draw.line(corners, color, 1 + number)
         for x, y in corners:
             (draw.ellipse if number % 2 else draw.rectangle)([x - 4, y - 4, x + 4, y + 4], outline=color, width=2)
-        free = min(free - 15, corners[-1][1] - 8)
-        draw.text((width - 120, free), name, color, font)
+        x, y = corners[-1]
+        if x < width - 130:
+            draw.text((x + 8, y - 22), name, color, font)
+        else:
+            free = min(free - 15, y - 8)
+            draw.text((width - 120, free), name, color, font)
     mnist_variants.save_png(path, picture)
 
 
@@ -590,7 +590,7 @@ def labelled_files(folder: str) -> list[tuple[str, tuple[int, ...]]]:
             raise ValueError(f"{table} names {outside[0]!r}, which is not in its folder")
         return files
     try:
-        return [(path, (label,)) for path, label in ImageFolder(folder).samples]
+        return [(path, (label,)) for path, label in cgn.PictureFolder(folder).samples]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder} holds no pictures in subfolders, one a class ({error})") from None
 
@@ -639,7 +639,7 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
         done = step + 1
         if rank == 0 and (done % config["save_every"] == 0 or done == config["steps"]):
             rate = (done - first) / (time.time() - started)
-            cgn.log_row(out, {"step": done, "loss": mean.item(), "steps_per_second": float(f"{rate:.3g}")})
+            cgn.append_row(out / "log.jsonl", {"step": done, "loss": mean.item(), "steps_per_second": float(f"{rate:.3g}")})
             cgn.save_state(out / "checkpoint.pt", {"config": config, "step": done, **{name: part.state_dict() for name, part in parts.items()}})
             print(f"step {done}/{config['steps']}: loss {mean.item():.3f}, {(config['steps'] - done) / rate / 3600:.1f} h left", flush=True)
 
@@ -719,7 +719,7 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
         if count % ranks or count != int(count):
             raise ValueError(f"{name} gives batches of {count} images, which cannot be spread evenly over {ranks} processes")
     files = [row for folder in args.real for row in labelled_files(folder)]
-    folders = [find_classes(folder)[0] for folder in args.real]
+    folders = [cgn.class_folders(folder) for folder in args.real]
     if any(classes != folders[0] for classes in folders):
         raise ValueError(f"the folders {', '.join(args.real)} do not have the same subfolders")
     names = folders[0]

@@ -81,19 +81,20 @@ class Variant(NamedTuple):
 def read_mnist(train: bool, root: str | os.PathLike = "data/mnist") -> tuple[torch.Tensor, torch.Tensor]:
     """MNIST's training file (60,000) or test file (10,000): images (N, 28, 28) uint8 and labels (N,) long.
 
-    Reads the .gz files in `root`; a missing `root` is filled by torchvision's download first.
+    Reads the .gz files in `root`, or in torchvision's `root`/MNIST/raw; torchvision downloads them where there are none.
     Raises ValueError where a file is missing, truncated or altered (its SHA-256 is compared).
     """
     root = Path(root)
-    if not root.is_dir():
+    raw = root / "MNIST" / "raw"
+    if not any((folder / f"{name}.gz").exists() for folder in (root, raw) for name in MNIST_FILES):
         from torchvision.datasets import MNIST
         try:
             MNIST(str(root), download=True)
-        except RuntimeError as error:
-            raise ValueError(f"{root} is no folder and MNIST could not be downloaded ({error}): put the four .gz files of "
-                             f"MNIST into {root}") from None
-    if (root / "MNIST" / "raw").is_dir():   # torchvision's layout
-        root = root / "MNIST" / "raw"
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{root} holds no MNIST, and it could not be downloaded ({' '.join(str(error).split())}): put the four "
+                             ".gz files of MNIST there, or name another folder with --mnist") from None
+    if any(raw.glob("*.gz")):
+        root = raw
     return tuple(part.clone() for part in _read_file(root.resolve(), "train" if train else "t10k"))
 
 
@@ -145,14 +146,14 @@ def read_textures(folder: str | os.PathLike) -> torch.Tensor:
     return padded.byte().unflatten(0, (2, 10))
 
 
-def draw_textures(seed: int = 0) -> torch.Tensor:
+def draw_textures() -> torch.Tensor:
     """Twenty textures drawn here: (2, 10, 3, 156, 156) uint8, ten striped (foreground) then ten veined (background).
 
     Each holds two modes, which a smooth border divides, so that the patches of one class look different. Stripes differ by
     class in direction, width and colours; veins, which follow the zero lines of smooth noise, in density and colours.
     """
     size = TEXTURE_SIZE + 2 * TEXTURE_PAD
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
 
     def noise(cells: int) -> torch.Tensor:                                              # smooth, about N(0, 1)
@@ -306,6 +307,7 @@ def write_file(path: str | os.PathLike, content: bytes) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:

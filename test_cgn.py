@@ -254,6 +254,20 @@ def test_a_sheet_shows_pictures_unstretched_under_their_names(tmp_path):
         mnist_variants.save_sheet(tmp_path / "sheet.png", images, ["a"], ["x", "x", "y"])
 
 
+def test_mnist_that_cannot_be_downloaded_is_one_line_and_is_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def offline(root, download):
+        calls.append(root)
+        (Path(root) / "MNIST" / "raw").mkdir(parents=True, exist_ok=True)           # torchvision leaves them behind
+        raise RuntimeError("Error downloading train-images-idx3-ubyte.gz:\nTried https://..\n<no network>")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", offline)
+    for _ in range(2):
+        one_line(script("cgn.py", "--mnist", tmp_path / "absent", "--out", tmp_path / "run"), "absent", "no network", "--mnist")
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("damage", ["altered", "truncated", "missing", "longer", "no gzip"])
 def test_a_damaged_idx_file_is_named_in_one_line(tmp_path, damage):
     for name in mnist_variants.MNIST_FILES:
@@ -492,6 +506,29 @@ def test_a_run_folder_of_another_run_is_refused_and_kept(trained):
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
+def test_a_checkpoint_of_another_run_is_refused_without_its_log(trained, imagenet_ensemble, tmp_path):
+    for source, words in ((trained / "checkpoint.pt", "another seed"), (imagenet_ensemble, "another model")):
+        shutil.copy(source, tmp_path / "checkpoint.pt")
+        with pytest.raises(ValueError, match=words):
+            cgn.train(tiny_config(seed=4), *tiny_data(), tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_row_is_appended_whole_or_not_at_all(tmp_path):
+    code = f"""
+import resource, sys; sys.path.insert(0, {str(HERE)!r})
+from pathlib import Path
+import cgn
+path = Path({str(tmp_path / "new" / "log.jsonl")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+for step in range(9):
+    cgn.append_row(path, {{"step": step, "loss": 0.123456789012345}})
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode != 0 and "log.jsonl could not be written" in result.stderr and "make room" in result.stderr
+    assert [row["step"] for row in cgn.read_lines(tmp_path / "new" / "log.jsonl")] == [0, 1]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_terms(tmp_path):
     with pytest.raises(ValueError, match="not finite.*last checkpoint is kept"):
         cgn.train(tiny_config(mask=float("nan")), *tiny_data(), tmp_path)
@@ -516,8 +553,26 @@ def test_a_folder_of_pictures_trains_like_a_variant(tmp_path):
     result = script("cgn.py", "--dataset", tmp_path / "pictures", "--steps", 2, "--batch", 4, "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
     assert cgn.load(tmp_path / "run" / "checkpoint.pt").classes == 2
-    (tmp_path / "pictures" / "cat" / "broken.png").write_bytes(b"no picture")
-    one_line(script("cgn.py", "--dataset", tmp_path / "pictures", "--out", tmp_path / "run2"), "broken.png")
+    with open(tmp_path / "pictures" / "cat" / "0.png", "rb") as file:               # one picture less, and it is another run
+        whole = file.read()
+    (tmp_path / "pictures" / "cat" / "0.png").unlink()
+    one_line(script("cgn.py", "--dataset", tmp_path / "pictures", "--steps", 2, "--batch", 4, "--out", tmp_path / "run"), "another images")
+    for name, content in (("broken.png", b"no picture"), ("cut.png", whole[:len(whole) // 2])):
+        (tmp_path / "pictures" / "cat" / name).write_bytes(content)
+        one_line(script("cgn.py", "--dataset", tmp_path / "pictures", "--out", tmp_path / "run2"), name)
+        (tmp_path / "pictures" / "cat" / name).unlink()
+
+
+def test_own_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    Image.fromarray(np.full((8, 8), 0x4000, np.uint16)).save(folder / "0.png")      # a quarter of 16 bits
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(folder / "1.png")                # nothing but transparency
+    (folder / "._0.png").write_bytes(b"a file of macOS")
+    (folder / "Thumbs.db").write_bytes(b"a file of Windows")
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    images, labels, names = cgn.load_images(str(tmp_path))
+    assert names == ["a"] and labels.tolist() == [0, 0] and images[:, :, 0, 0].tolist() == [[63] * 3, [255] * 3]
 
 
 # ------------------------------------------------------------------------------------------------------------ cgn: sampling
@@ -2333,7 +2388,10 @@ def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
     (("classify.py", "--device", "cuda:99"), ("--device cuda:99", "cpu")),
     (("classify.py", "--label", "background", "--dataset", "colored"), ("no background label",)),
     (("classify.py", "--checkpoint", "ensemble.pt"), ("--say",)),
-    (("cgn.py", "--seed", "-1"), ("--seed -1",)),
+    (("cgn.py", "--seed", "-1"), ("--seed -1",)), (("cgn.py", "--seed", str(2 ** 64)), (str(2 ** 64), "2^63")),
+    (("cgn.py", "--lr", "-1"), ("--lr -1",)), (("cgn.py", "--interval", "0.9", "0.1"), ("0.9 0.1", "lower one first")),
+    (("cgn.py", "--mini"), ("--mini", "imagenet", "colored")), (("cgn.py", "--counterfactuals", "3"), ("--checkpoint",)),
+    (("cgn.py", "--out", "README.md"), ("README.md is a file",)),
     (("cgn.py", "--threads", "-1"), ("--threads -1",)),
     (("miniature.py", "style", "--steps", "-1"), ("--steps -1",)),
     (("cgn.py", "--shuffle", "cut"), ("cut", "shift")),
@@ -2347,6 +2405,15 @@ def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
     one_line(script(*arguments), *words)
+
+
+def test_options_that_a_checkpoint_of_digits_cannot_serve(trained, tmp_path):
+    sample = ("cgn.py", "--checkpoint", trained / "checkpoint.pt", "--counterfactuals", 3)
+    one_line(script(*sample, "--parts", "mask", "--out", tmp_path / "set.pt"), "--parts mask", "ImageNet")
+    shutil.copy(trained / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    one_line(script(*sample, "--out", tmp_path / "checkpoint.pt"), "checkpoint.pt", "would be lost")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == (trained / "checkpoint.pt").read_bytes()
+    assert script(*sample, "--out", tmp_path / "new" / "set.pt").returncode == 0    # the folder is made
 
 
 def test_counts_below_one_are_refused(trained):
@@ -2376,13 +2443,13 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(trained, tmp_pat
     """A limit on file sizes stands in for the full disk: the write fails midway in the same way."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    before = (run / "checkpoint.pt").read_bytes()
-    target = run / "checkpoint.pt"
-    result = process("cgn.py", "--checkpoint", target, "--counterfactuals", 200, "--out", target,
+    target = run / "data set.pt"
+    target.write_bytes(b"written before")
+    result = process("cgn.py", "--checkpoint", run / "checkpoint.pt", "--counterfactuals", 200, "--out", target,
                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     one_line(result, "could not be written", "intact")
-    assert target.read_bytes() == before
-    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in trained.iterdir())
+    assert target.read_bytes() == b"written before"
+    assert {path.name for path in run.iterdir()} == {path.name for path in trained.iterdir()} | {target.name}
 
 
 @beside

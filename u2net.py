@@ -210,16 +210,16 @@ def _stages(state: dict, name: object) -> list[tuple[int, int, int]]:
 
 # ------------------------------------------------------------------------------------------------------ photos to masks
 
-def open_photo(path: Union[str, os.PathLike]) -> Image.Image:
-    """A photo as it is meant to be seen, RGB. Raises ValueError where it is none, or too small or large."""
+def open_photo(path: Union[str, os.PathLike], smallest: int = SMALLEST) -> Image.Image:
+    """A photo as it is meant to be seen, RGB. Raises ValueError where it is none, or too large or a side below `smallest`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)         # the size is checked here
             photo = Image.open(path)
         with photo:
             width, height = photo.size
-            if min(width, height) < SMALLEST or width * height > LARGEST:
-                raise ValueError(f"{path} has {width} x {height} pixels: at least {SMALLEST} a side and at most "
+            if min(width, height) < smallest or width * height > LARGEST:
+                raise ValueError(f"{path} has {width} x {height} pixels: at least {smallest} a side and at most "
                                  f"{LARGEST // 10 ** 6} million in all are possible; scale it first")
             photo = ImageOps.exif_transpose(photo)
         if photo.mode.startswith("I;16"):                           # convert() would cut 16 bits off at 255
