@@ -548,6 +548,8 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     is printed.
     """
     path, table = Path(path), Path(__file__).with_name("weights.txt")
+    if path.parent == Path(".") and not path.exists():      # a bare name
+        path = Path(__file__).parent / "weights" / path.name
     rows = [line.split(" | ") for line in table.read_text().splitlines()] if table.exists() else []
     size, sha256, _, address, _ = next((row[1:] for row in rows if row[0] == path.name), ("", "", "", "", ""))
     size = f"{size} bytes" if size.isdigit() else size or "file (its size is not known)"
@@ -556,6 +558,8 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
             print(f"fetching {path} ({size}) from {address}")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, str(path), sha256)      # checks the hash, then renames into place
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")                  # of a device, reading might never end
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             for chunk in iter(lambda: file.read(2 ** 20), b""):

@@ -25,13 +25,17 @@ Glossary (N images, C classes, Z noise dimensions, R pixels: 32, or 256 on Image
     x_gt     the frozen BigGAN's image  (N, 3, R, R)    -1 .. 1
 """
 import argparse
+import contextlib
 import errno
-import io
 import json
 import os
+import re
+import signal
 import sys
 import tempfile
+import threading
 import time
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional, Sequence, Union
@@ -421,7 +425,8 @@ class StyleFeatures(nn.ModuleList):
                     conv = nn.Conv2d(i, len(state[f"features.{number}.weight"]), 3, padding=1)
                     norm = nn.BatchNorm2d(conv.out_channels)
                     for layer, index in ((conv, number), (norm, number + 1)):
-                        layer.load_state_dict({key: state[f"features.{index}.{key}"] for key in layer.state_dict()})
+                        layer.load_state_dict({key: state[f"features.{index}.{key}"] for key in layer.state_dict()
+                                               if key != "num_batches_tracked"})    # the released file is older than it
                     stage.append(fuse_conv_bn_eval(conv.eval(), norm.eval())).append(nn.ReLU(inplace=True))
                     i, number = conv.out_channels, number + 3
                 self.append(stage.append(nn.MaxPool2d(2)))
@@ -447,6 +452,38 @@ def build(config: dict) -> Union[MnistCGN, MnistGAN]:
 
 # ---------------------------------------------------------------------------------------------------------------- training
 
+_pressed = []               # Ctrl-C while `ctrl_c_waits`
+
+
+@contextlib.contextmanager
+def ctrl_c_waits():
+    """While it holds, Ctrl-C is noted for `stopping`, so that a training ends its step and writes its checkpoint; once more, and
+    it interrupts at once. For use as a decorator as well."""
+    def note(*_) -> None:
+        if _pressed:
+            raise KeyboardInterrupt
+        _pressed.append(True)
+        if os.getpid() == process:                          # workers that read pictures are told, too
+            print("\nstopping after this step, with its checkpoint; Ctrl-C again stops at once", flush=True)
+
+    process, before = os.getpid(), signal.getsignal(signal.SIGINT)
+    noted = threading.current_thread() is threading.main_thread() and before != signal.SIG_IGN      # as it is in the background
+    if noted:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        if noted:
+            signal.signal(signal.SIGINT, before)
+        _pressed.clear()
+
+
+def stopping() -> bool:
+    """Whether Ctrl-C was pressed while `ctrl_c_waits`."""
+    return bool(_pressed)
+
+
+@ctrl_c_waits()
 def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, device: str = "cpu") -> None:
     """Train a CGN (or the GAN baseline) adversarially on `images` (N, 3, 32, 32) uint8 with `labels` (N,) long.
 
@@ -532,11 +569,14 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
                 print(f"\rstep {done}/{config['steps']}  {rate:.1f} steps/s  {(config['steps'] - done) / rate / 60:.1f} min "
                       f"left  discriminator {row['discriminator']:.2f}  mask mean {row['mask_mean']:.2f} ", end="", flush=True)
         if done % config["sheet_every"] == 0 or done == config["steps"]:
-            save_training_sheet(average, config["names"], out / f"sheet-{done:06d}.png", config["seed"])
+            path = out / f"sheet-{done:06d}.png"
+            save_training_sheet(average, config["names"], path, config["seed"])
+            print(f"{chr(13) if sys.stdout.isatty() else ''}step {done}: {time.time() - started:.0f} s, {path}")
+        if done % config["sheet_every"] == 0 or done == config["steps"] or stopping():
             save_state(out / "checkpoint.pt", {"config": config, "step": done,
                                           **{name: part.state_dict() for name, part in parts.items()}})
-            print(f"{chr(13) if sys.stdout.isatty() else ''}step {done}: {time.time() - started:.0f} s, "
-                  f"{out / f'sheet-{done:06d}.png'}")
+        if stopping():
+            raise KeyboardInterrupt
 
 
 def imagenet_losses(model: ImagenetCGN, m: torch.Tensor, f: torch.Tensor, b: torch.Tensor, x_gt: torch.Tensor,
@@ -631,6 +671,7 @@ def micro_step(model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures,
     return fraction * torch.stack([*found, leaves[0].detach().mean()])
 
 
+@ctrl_c_waits()
 def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, out: Path,
                    device: str = "cpu", classifier: Optional[nn.Module] = None) -> None:
     """Train `model` to take the frozen teacher's images apart (section 3, C.3), no real image needed.
@@ -651,11 +692,7 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     optimizer = torch.optim.Adam([{"params": list(mechanism.parameters()), "lr": lr}
                                   for mechanism, lr in zip(mechanisms.values(), config["lr"])])
     parts = {**mechanisms, "optimizer": optimizer}
-    for turn in (0, 1):                                                             # rank 0 first: it alone writes
-        if (rank > 0) == turn:
-            first = continue_run(out, config, parts, write=rank == 0)
-        if ranks > 1:
-            distributed.barrier()
+    first = continue_together(out, config, parts)
     share = config["accumulate"] // ranks
     started = time.time()
 
@@ -669,6 +706,9 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
                 part = range(start, min(start + config["batch"], begin + share))
                 u, y, draws = (drawn.to(device) for drawn in draw_training(model, config["seed"], part, config["truncation"]))
                 means += micro_step(model, teacher, style, u, y, draws, weights, config, len(part) / config["accumulate"])
+                if step == first and start == begin + 2 * config["batch"] and not rank:
+                    seconds = (time.time() - started) / 3 * share / config["batch"]
+                    print(f"about {seconds / 60:.1f} minutes an update, {(config['steps'] - first) * seconds / 3600:.1f} hours in all")
         if ranks > 1:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
@@ -682,6 +722,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
         optimizer.step()
         optimizer.zero_grad()
         if rank:
+            if stopping():
+                raise KeyboardInterrupt
             continue
         done = step + 1
         rate = (done - first) / (time.time() - started)
@@ -702,8 +744,11 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
                 score = inception_score(model, classifier, config["scored"], config["truncation"], config["seed"], config["batch"])
                 append_row(out / "log.jsonl", {"step": done, "inception_score": score})
                 print(f"update {done}: Inception Score {score:.2f} of {config['scored']} images")
+        if done % config["sheet_every"] == 0 or done == config["steps"] or stopping():
             save_state(out / "checkpoint.pt", {"config": config, "step": done,      # last: what is logged after it would be lost
                                           **{name: part.state_dict() for name, part in parts.items()}})
+        if stopping():
+            raise KeyboardInterrupt
 
 
 def _update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
@@ -741,6 +786,22 @@ def continue_run(out: Path, config: dict, parts: dict, write: bool = True) -> in
     return state["step"]
 
 
+def continue_together(out: Path, config: dict, parts: dict) -> int:
+    """`continue_run` in each process of a group, if there is one; only rank 0 writes. ValueError where they find other steps."""
+    if not distributed.is_initialized():
+        return continue_run(out, config, parts)
+    for turn in (0, 1):                                                             # rank 0 first
+        if (distributed.get_rank() > 0) == turn:
+            first = continue_run(out, config, parts, write=turn == 0)
+        distributed.barrier()
+    found = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, first)
+    if len(set(found)) > 1:
+        raise ValueError(f"the processes find checkpoints of steps {', '.join(map(str, found))} in {out}: it must be a folder that all of "
+                         "their machines share")
+    return first
+
+
 def read_lines(path: Path) -> list[dict]:
     """The objects of a file of JSON lines; none where there is no file. Raises ValueError where a line is no such object."""
     rows = []
@@ -770,9 +831,7 @@ def append_row(path: Path, row: dict) -> None:
 
 def save_state(path: Path, state: dict) -> None:
     """torch.save, atomically. Raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    mnist_variants.write_file(path, buffer.getbuffer())
+    mnist_variants.write_file(path, partial(torch.save, state))
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -790,7 +849,7 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def read_checkpoint(source: Union[str, os.PathLike]) -> dict:
     """The content of a checkpoint; ValueError where the file is not one. Nothing in the file can run code."""
     try:
-        state = torch.load(source, map_location="cpu", weights_only=True)
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
         if {"config", "step"} <= state.keys():
             return state
         if any(key.startswith(("f_shape.", "module.f_shape.")) for key in state):   # the authors' cgn.pth, one flat dict
@@ -807,22 +866,27 @@ def read_checkpoint(source: Union[str, os.PathLike]) -> dict:
     raise ValueError(f"{source} is no checkpoint of cgn.py ({reason}): name the checkpoint.pt of a run")
 
 
-def load(source: Union[str, os.PathLike]) -> Union[MnistCGN, MnistGAN, ImagenetCGN]:
+def load(source: Union[str, os.PathLike], saliency: Union[str, os.PathLike, None] = None) -> Union[MnistCGN, MnistGAN, ImagenetCGN]:
     """The generator of a checkpoint (of MNIST's the averaged one), or of the authors' cgn.pth, frozen, in eval mode.
 
-    `.config` is its run's configuration, `.truncation` that of the noise it was trained on. Raises ValueError for a file that is
-    none, or does not fit its configuration.
+    saliency: the file of U-2-Net, where it is not where an ImageNet checkpoint says. `.config` is its run's configuration,
+    `.truncation` that of the noise it was trained on. Raises ValueError for a file that is none, or does not fit its
+    configuration.
     """
     state = read_checkpoint(source)
     try:
         if state["config"]["model"] == "imagenet":
-            saliency = state["u2net"] if "u2net" in state else u2net.find_weights(WEIGHTS / state["config"]["networks"]["saliency"])
-            model = ImagenetCGN(*(biggan.load(state[name]) for name in ("f_shape", "f_text", "f_bg")),
-                                u2net.load(saliency, align_corners=state["config"]["align_corners"]))
+            held = {name: dict(state[name]) for name in ("f_shape", "f_text", "f_bg", "u2net") if name in state}
+            if "u2net" not in held:
+                held["u2net"] = u2net.find_weights(WEIGHTS / (saliency or state["config"]["networks"]["saliency"]))
+            model = ImagenetCGN(biggan.load(held["f_shape"]), biggan.load(held["f_text"]), biggan.load(held["f_bg"]),
+                                u2net.load(held["u2net"], align_corners=state["config"]["align_corners"]))
         else:
             model = build(state["config"]).to(memory_format=torch.channels_last)
             model.load_state_dict(state["average"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{source} does not fit its own configuration ({str(error).splitlines()[0]})") from None
     model.config, model.step, model.truncation = state["config"], state["step"], state["config"].get("truncation", 1.0)
     return model.eval()
@@ -832,8 +896,9 @@ def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike, Non
     """An ImageNet checkpoint as one flat state dict in the layout of the authors' cgn.pth, U-2-Net and teacher (by default the
     training's) included. Raises ValueError for any other checkpoint."""
     state = read_checkpoint(source)
-    networks = state["config"].get("networks")
-    if state["config"].get("model") != "imagenet" or not networks:
+    config = state["config"] if isinstance(state["config"], dict) else {}
+    networks = config.get("networks")
+    if config.get("model") != "imagenet" or not isinstance(networks, dict) or not {"teacher", "saliency"} <= networks.keys():
         raise ValueError(f"{source} is no checkpoint of --dataset imagenet: the authors' layout is ImageNet's")
     teacher = biggan.find_weights(teacher or WEIGHTS / networks["teacher"])
     saliency = u2net.find_weights(WEIGHTS / networks["saliency"])
@@ -867,9 +932,10 @@ def draw(model, seed: int, indices: range, per_shape: int = 1, truncation: float
 
 
 @torch.no_grad()
-def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, truncation: float = 1.0
-                         ) -> tuple[Sample, torch.Tensor]:
-    """The counterfactuals `part`, N of them, and their labels (3, N): what `draw` gives, each mask made once."""
+def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, truncation: float = 1.0,
+                         batch: Optional[int] = None) -> tuple[Sample, torch.Tensor]:
+    """The counterfactuals `part`, N of them, and their labels (3, N): what `draw` gives, each mask made once. An ImageNet CGN
+    makes `batch` textures at a time, by default all."""
     device = next(model.parameters()).device
     gan = isinstance(model, MnistGAN)
     u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, 1 if gan else per_shape, truncation))
@@ -879,8 +945,11 @@ def counterfactual_batch(model, seed: int, part: range, per_shape: int = 10, tru
     _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
     first = counts.cumsum(0) - counts
     if isinstance(model, ImagenetCGN):
-        m = model.saliency(model.f_shape(u[0, first], y[0, first], truncation))
-        f, b = model.f_text(u[1], y[1], truncation), model.f_bg(u[2], y[2], truncation)
+        def make(mechanism: nn.Module, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.cat([mechanism(*chunk, truncation) for chunk in zip(u.split(batch or len(u)), y.split(batch or len(u)))])
+
+        m = make(lambda *chunk: model.saliency(model.f_shape(*chunk)), u[0, first], y[0, first])
+        f, b = make(model.f_text, u[1], y[1]), make(model.f_bg, u[2], y[2])
     else:
         weights = F.one_hot(y, model.classes).float()
         m = model.f_shape(u[0, first], weights[0, first])
@@ -935,7 +1004,7 @@ def write_counterfactuals(model, out: Path, count: int, seed: int = 0, per_shape
         paths = {name: [out / f"{index:08d}{'' if name == 'image' else '-' + name}.png" for index in part] for name in ("image", *parts)}
         if all(path.exists() for row in paths.values() for path in row):
             continue
-        sample, _ = counterfactual_batch(model, seed, part, per_shape, truncation)
+        sample, _ = counterfactual_batch(model, seed, part, per_shape, truncation, batch)
         for name, row in paths.items():
             pictures = getattr(sample, name) * 2 - 1 if name == "mask" else getattr(sample, name)
             for path, picture in zip(row, to_uint8(pictures).cpu()):
@@ -1216,6 +1285,10 @@ def main(argv: Optional[list[str]] = None) -> None:
         for name in ("counterfactuals", "interpolate", "triples", "outputs", "export"):
             if getattr(args, name) not in (None, False) and not args.checkpoint:
                 raise ValueError(f"--{name} draws from a trained CGN: name its --checkpoint")
+        given = [name for name in ("lr", "mask", "binary", "color", "noise", "interval", "shuffle", "margin", "adversarial", "model",
+                                   "textures") if getattr(args, name) != parser.get_default(name)]
+        if args.dataset == "imagenet" and given:
+            raise ValueError(f"--{given[0]} goes with the MNIST variants and own pictures, not with imagenet (rates: --lrs)")
         for name in ("mini", "accumulate", "lrs", "patch", "relative_patch", "without"):
             if getattr(args, name) and args.dataset != "imagenet" and not args.checkpoint:
                 raise ValueError(f"--{name.replace('_', '-')} goes with --dataset imagenet, not with {args.dataset}")
@@ -1223,8 +1296,7 @@ def main(argv: Optional[list[str]] = None) -> None:
             torch.set_num_threads(min(args.threads, os.cpu_count()))
         args.bf16 = bf16_pays(args.bf16, args.device)
         if args.checkpoint:
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
-                _sample_main(args)
+            _sample_main(args)
         else:
             run = _imagenet_main if args.dataset == "imagenet" else _train_main
             name = Path(args.dataset).resolve().name + ("-gan" if args.model == "gan" else "")
@@ -1234,6 +1306,8 @@ def main(argv: Optional[list[str]] = None) -> None:
                 print("dry run finished; nothing is kept")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        parser.error(lost_process(error))
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped: the same command continues from the last checkpoint\n")
 
@@ -1263,22 +1337,32 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
 def check_device(name: str) -> None:
     """Raises ValueError for a device that torch does not know, and for a GPU that is not here."""
     try:
-        device = torch.device(name)
-        here = device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
-    except RuntimeError:
-        here = False
-    if not here:
-        raise ValueError(f"--device {name}: torch finds no such device here: choose cpu, or cuda where there is a GPU for it")
+        torch.zeros(1, device=name).item()
+    except Exception:                       # each kind of device has errors of its own
+        raise ValueError(f"--device {name}: torch finds no such device here: choose cpu, or cuda where there is a GPU for it") from None
+    if name == "cpu" and torch.cuda.is_available():
+        print("computing on the CPU; there is a GPU: --device cuda is faster")
 
 
 def bf16_pays(wanted: bool, device: str) -> bool:
     """Whether to compute in bfloat16: if it is `wanted`, but not on a CPU that only emulates it, where a convolution takes
     ten times as long as in float32; then a line says so."""
-    if not wanted or not device.startswith("cpu") or (torch.backends.mkldnn.is_available()
-                                                      and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return wanted
-    print("--bf16: this CPU has no instructions for bfloat16; computing in float32, which is faster here")
-    return False
+    if not wanted:
+        return False
+    if device.startswith("cuda"):
+        pays = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        pays = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not pays:
+        print(f"--bf16: this {device} has no instructions for bfloat16; computing in float32, which is faster here")
+    return pays
+
+
+def lost_process(error: RuntimeError) -> str:
+    """What to say where another process of the group has ended; other errors are raised again."""
+    if not distributed.is_initialized() or not re.search("onnection|NCCL|gloo|pipe", str(error)):
+        raise error
+    return f"another process of the run has ended ({str(error).splitlines()[0]}); the last checkpoint is kept: the same command continues"
 
 
 def join_group(args: argparse.Namespace) -> None:
@@ -1297,17 +1381,23 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
         if getattr(args, name, value) is None:
             setattr(args, name, value)
         elif name in NETWORKS:
-            setattr(args, name, str(Path(getattr(args, name)).resolve()))
+            path = Path(getattr(args, name))
+            setattr(args, name, str(path.resolve()) if path.exists() or not (WEIGHTS / path).exists() else str(path))
     if args.dry_run:
         teacher, saliency, style = random_networks()
         args.steps = args.accumulate = 2
     else:
-        try:
-            teacher, saliency = biggan.find_weights(WEIGHTS / args.teacher), u2net.find_weights(WEIGHTS / args.saliency)
-            style = biggan.read_state(biggan.find_weights(WEIGHTS / args.style))
-        except ValueError as error:
-            raise ValueError(f"{error}. {'The' if args.mini else 'In miniature: --mini, whose'} networks are made by python "
-                             "miniature.py teacher saliency style classifier") from None
+        found, missing = [], []
+        for find, name in ((biggan.find_weights, args.teacher), (u2net.find_weights, args.saliency), (biggan.find_weights, args.style)):
+            try:
+                found.append(find(WEIGHTS / name))
+            except ValueError as error:
+                missing.append(str(error))
+        if missing:
+            remedy = ("python miniature.py teacher saliency style classifier makes the networks of --mini" if args.mini else
+                      "--mini runs now, with networks that are here")
+            raise ValueError(". ".join([*missing, remedy]))
+        teacher, saliency, style = *found[:2], biggan.read_state(found[2])
     model = ImagenetCGN(*(biggan.load(teacher, frozen=False) for _ in range(3)), u2net.load(saliency)).to(device)
     names = list(biggan.class_numbers(",".join(map(str, range(model.classes))), model.classes).values())
     config = {"model": "imagenet", "dataset": args.dataset, "names": names, "seed": args.seed, "align_corners": False,
@@ -1315,11 +1405,13 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
               "patch": min(args.patch, model.resolution // 2), "without": list(args.without), "bf16": args.bf16,
               "networks": {name: getattr(args, name) for name in NETWORKS}, "sheet_every": schedule["sheet_every"],
               "scored": schedule["scored"], "style_scales": list(schedule["style_scales"]), "relative_patch": args.relative_patch}
-    print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
           f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, {device}; writing to {out}")
+              f"{torch.get_num_threads()} threads, {device}; writing to {out}", flush=True)
     scoring = WEIGHTS / args.inception
-    classifier = read_classifier(biggan.find_weights(scoring)).to(device) if scoring.exists() and not args.dry_run else None
+    wanted = scoring.exists() or args.inception != schedule["inception"]
+    classifier = read_classifier(biggan.find_weights(scoring)).to(device) if wanted and not args.dry_run else None
     train_imagenet(config, model, biggan.load(teacher).to(device), StyleFeatures(style).to(device), out, device, classifier)
     if not args.dry_run and int(os.environ.get("RANK", 0)) == 0:
         print(f"done: open the last sheet in {out}; next: python cgn.py --checkpoint {out / 'checkpoint.pt'} "
@@ -1343,7 +1435,13 @@ def _sample_main(args: argparse.Namespace) -> None:
         print(f"wrote {out}")
         return
     join_group(args)
-    model = load(args.checkpoint).to(args.device)
+    model = load(args.checkpoint, args.saliency).to(args.device)
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+        print(f"wrote {_draw_main(args, model)}")
+
+
+def _draw_main(args: argparse.Namespace, model) -> Path:
+    """Draw what the options ask for, and return where it was written."""
     imagenet = isinstance(model, ImagenetCGN)
     truncation = model.truncation if args.truncation is None else args.truncation
     if args.interpolate:
@@ -1383,7 +1481,7 @@ def _sample_main(args: argparse.Namespace) -> None:
     else:
         raise ValueError("--checkpoint needs --counterfactuals N, --interpolate MECHANISM or, of ImageNet, --triples, --outputs "
                          "or --export")
-    print(f"wrote {out}")
+    return out
 
 
 if __name__ == "__main__":

@@ -595,6 +595,7 @@ def labelled_files(folder: str) -> list[tuple[str, tuple[int, ...]]]:
         raise ValueError(f"{folder} holds no pictures in subfolders, one a class ({error})") from None
 
 
+@cgn.ctrl_c_waits()
 def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual: Optional[Callable], out: Path,
                    device: str = "cpu") -> None:
     """Train with SGD; real(first) gives x (n, 3, H, W) in [0, 1], y (n,) of each step from `first` on, counterfactual(first)
@@ -608,11 +609,7 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     optimizer = torch.optim.SGD(model.parameters(), config["lr"], config["momentum"], weight_decay=config["weight_decay"])
     parts = {"ensemble": model, "optimizer": optimizer}
-    for turn in (0, 1):                                                             # rank 0 first: it alone writes
-        if (rank > 0) == turn:
-            first = cgn.continue_run(out, config, parts, write=rank == 0)
-        if distributed.is_initialized():
-            distributed.barrier()
+    first = cgn.continue_together(out, config, parts)
     network = nn.parallel.DistributedDataParallel(model) if distributed.is_initialized() else model
     model.train()
     reals, others = real(first), counterfactual(first) if counterfactual else None
@@ -637,11 +634,13 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
             raise ValueError(f"step {step + 1}: the loss is not finite; the last checkpoint is kept: try a smaller --lr")
         optimizer.step()
         done = step + 1
-        if rank == 0 and (done % config["save_every"] == 0 or done == config["steps"]):
+        if rank == 0 and (done % config["save_every"] == 0 or done == config["steps"] or cgn.stopping()):
             rate = (done - first) / (time.time() - started)
             cgn.append_row(out / "log.jsonl", {"step": done, "loss": mean.item(), "steps_per_second": float(f"{rate:.3g}")})
             cgn.save_state(out / "checkpoint.pt", {"config": config, "step": done, **{name: part.state_dict() for name, part in parts.items()}})
             print(f"step {done}/{config['steps']}: loss {mean.item():.3f}, {(config['steps'] - done) / rate / 3600:.1f} h left", flush=True)
+        if cgn.stopping():
+            raise KeyboardInterrupt
 
 
 def load_steps(dataset: Batches, steps: range, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -883,6 +882,8 @@ def main(argv: Optional[list[str]] = None) -> None:
             print("dry run finished; nothing is kept")
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        parser.error(cgn.lost_process(error))
     except KeyboardInterrupt:
         parser.exit(130, "\nstopped: the same command continues from what is written\n")
 

@@ -23,7 +23,7 @@ import math
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import numpy as np
 import torch
@@ -302,17 +302,20 @@ def save_png(path: str | os.PathLike, picture: Image.Image) -> None:
     write_file(path, content.getvalue())
 
 
-def write_file(path: str | os.PathLike, content: bytes) -> None:
-    """Write under a temporary name, then rename: `path` holds the old content or the new, never half of it. OSError."""
+def write_file(path: str | os.PathLike, content: Union[bytes, Callable]) -> None:
+    """Write bytes, or what content(file) writes, under a temporary name, then rename: `path` holds the old content or the new,
+    never half of it. Raises OSError."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
+        with open(partial, "wb") as file:
+            content(file) if callable(content) else file.write(content)
         partial.replace(path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:                # torch.save raises the latter for a full disk
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path} could not be written ({error.strerror}): make room or choose another --out; what was written "
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): make room or choose another --out; what was written "
                       "before is intact") from None
 
 

@@ -506,6 +506,34 @@ def test_a_run_folder_of_another_run_is_refused_and_kept(trained):
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
 
 
+def test_ctrl_c_ends_the_step_and_writes_its_checkpoint(trained, tmp_path, monkeypatch):
+    interval, calls = cgn.mask_interval, []
+
+    def press(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return interval(*arguments)
+
+    monkeypatch.setattr(cgn, "mask_interval", press)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)               # it is ignored in the background
+    with pytest.raises(KeyboardInterrupt):
+        cgn.train(tiny_config(sheet_every=6), *tiny_data(), tmp_path / "run")
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == 4 and not cgn.stopping()
+    cgn.train(tiny_config(sheet_every=6), *tiny_data(), tmp_path / "run")
+    a, b = (torch.load(folder / "checkpoint.pt", weights_only=True)["model"] for folder in (tmp_path / "run", trained))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+    def press_twice(*arguments):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cgn, "mask_interval", press_twice)
+    with pytest.raises(KeyboardInterrupt):
+        cgn.train(tiny_config(), *tiny_data(), tmp_path / "twice")
+    assert not (tmp_path / "twice" / "checkpoint.pt").exists() and signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+
 def test_a_checkpoint_of_another_run_is_refused_without_its_log(trained, imagenet_ensemble, tmp_path):
     for source, words in ((trained / "checkpoint.pt", "another seed"), (imagenet_ensemble, "another model")):
         shutil.copy(source, tmp_path / "checkpoint.pt")
@@ -1971,8 +1999,84 @@ def test_the_imagenet_defaults_are_the_papers():
     assert list(cgn.LAMBDAS.values()) == [100, 5, 300, 500, 5, 2000]
 
 
-def test_missing_big_networks_are_named(tmp_path):
+def test_missing_big_networks_are_named(tmp_path, monkeypatch):
+    def offline(*arguments):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setattr(u2net, "download_file_from_google_drive", offline)
+    monkeypatch.setattr(cgn, "WEIGHTS", tmp_path)
+    one_line(script("cgn.py", "--dataset", "imagenet", "--out", tmp_path / "run"), biggan.WEIGHTS, "u2net.pth", "vgg16_bn-6c64b313.pth",
+             "no network", "--mini runs now")
     one_line(script("cgn.py", "--dataset", "imagenet", "--teacher", tmp_path / "teacher.bin", "--out", tmp_path / "run"), "teacher.bin")
+    for option, word in ((("--lr", 1), "--lrs"), (("--shuffle", "puzzle"), "--shuffle"), (("--mini", "--model", "gan"), "--model")):
+        one_line(script("cgn.py", "--dataset", "imagenet", *option, "--out", tmp_path / "run"), word)
+
+
+def test_weights_are_found_by_their_bare_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert biggan.find_weights("mini-teacher.pth") == HERE / "weights" / "mini-teacher.pth"
+    assert u2net.find_weights("u2netp.pth") == HERE / "weights" / "u2netp.pth"
+    for find in (biggan.find_weights, u2net.find_weights):
+        with pytest.raises(ValueError, match="it is no file"):
+            find("/dev/zero")
+
+
+def test_the_released_vgg_is_older_than_a_batch_norms_count(networks):
+    style = {key: value for key, value in networks[2].items() if not key.endswith("num_batches_tracked")}
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert len(style) < len(networks[2])
+    assert all(torch.equal(a, b) for a, b in zip(cgn.StyleFeatures(style)(x), cgn.StyleFeatures(networks[2])(x)))
+
+
+def test_processes_that_find_other_folders_or_lose_one_another_say_so(tmp_path):
+    """Rank 0 finds a checkpoint, rank 1 none, as on two machines without a common disk; then rank 1 ends."""
+    (tmp_path / "0").mkdir()
+    torch.save({"config": {"seed": 1}, "step": 7}, tmp_path / "0" / "checkpoint.pt")
+    code = f"""
+import os, sys; sys.path.insert(0, {str(HERE)!r})
+import torch, cgn
+from pathlib import Path
+rank = 1 if os.fork() == 0 else 0
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/meeting", rank=rank, world_size=2)
+try:
+    cgn.continue_together(Path({str(tmp_path)!r}) / str(rank), {{"seed": 1}}, {{}})
+except ValueError as error:
+    print(error)
+if rank:
+    os._exit(0)
+try:
+    torch.distributed.all_reduce(torch.zeros(1))
+except RuntimeError as error:
+    print(cgn.lost_process(error))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.stdout.count("steps 7, 0 in") >= 1 and "machines share" in result.stdout, result
+    assert "another process of the run has ended" in result.stdout, result
+
+
+def test_a_checkpoint_names_its_saliency_network_elsewhere_or_is_refused(imagenet_checkpoint, tmp_path):
+    state = torch.load(imagenet_checkpoint, weights_only=True)
+    moved = {**state, "config": {**state["config"], "networks": {"saliency": "/nowhere/u2net-of-mine.pth"}}}
+    torch.save(moved, tmp_path / "moved.pt")
+    one_line(script("cgn.py", "--checkpoint", tmp_path / "moved.pt", "--counterfactuals", 1, "--out", tmp_path / "a"), "u2net-of-mine.pth")
+    result = script("cgn.py", "--checkpoint", tmp_path / "moved.pt", "--saliency", imagenet_checkpoint.parent / "saliency.pt",
+                    "--counterfactuals", 1, "--out", tmp_path / "a")
+    assert result.returncode == 0 and (tmp_path / "a" / "00000000.png").exists(), result
+    for change in ({"f_text": "/dev/zero"}, {"config": 3}, {"config": {"model": "imagenet"}}):
+        torch.save({**state, **change}, tmp_path / "bad.pt")
+        for option in (("--counterfactuals", 1), ("--export",)):
+            if option[0] != "--export" or "config" in change:
+                one_line(script("cgn.py", "--checkpoint", tmp_path / "bad.pt", *option, "--out", tmp_path / "b"), "bad.pt")
+
+
+def test_textures_are_made_as_many_at_a_time_as_asked(imagenet_checkpoint, monkeypatch):
+    model, counts = cgn.load(imagenet_checkpoint), []
+    whole, labels = cgn.counterfactual_batch(model, 1, range(6), per_shape=6)
+    for mechanism in (model.f_shape, model.f_text, model.f_bg):
+        mechanism.register_forward_hook(lambda module, given, made: counts.append(len(made)))
+    parts, _ = cgn.counterfactual_batch(model, 1, range(6), per_shape=6, batch=4)
+    assert counts == [1, 4, 2, 4, 2] and torch.allclose(parts.image, whole.image, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------- miniature
@@ -2385,7 +2489,7 @@ def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
     (("cgn.py", "--dataset", "imagenet", "--mini", "--without", "shape", "text", "bg", "rec"), ("no loss",)),
     (("cgn.py", "--binary-warmup", "0"), ("--binary-warmup 0",)), (("cgn.py", "--margin", "16"), ("--margin 16", "0..15")),
     (("cgn.py", "--variance", "-1"), ("variance -1",)), (("cgn.py", "--device", "nowhere"), ("--device nowhere", "cpu")),
-    (("classify.py", "--device", "cuda:99"), ("--device cuda:99", "cpu")),
+    (("classify.py", "--device", "cuda:99"), ("--device cuda:99", "cpu")), (("cgn.py", "--device", "meta"), ("--device meta",)),
     (("classify.py", "--label", "background", "--dataset", "colored"), ("no background label",)),
     (("classify.py", "--checkpoint", "ensemble.pt"), ("--say",)),
     (("cgn.py", "--seed", "-1"), ("--seed -1",)), (("cgn.py", "--seed", str(2 ** 64)), (str(2 ** 64), "2^63")),

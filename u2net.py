@@ -284,6 +284,8 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
     is printed.
     """
     path, table = Path(path), Path(__file__).with_name("weights.txt")
+    if path.parent == Path(".") and not path.exists():      # a bare name
+        path = Path(__file__).parent / "weights" / path.name
     rows = [line.split(" | ") for line in table.read_text().splitlines()] if table.exists() else []
     size, sha256, _, address, _ = next((row[1:] for row in rows if row[0] == path.name), ("", "", "", "", ""))
     size = f"{size} bytes" if size else "file (its size is not known)"
@@ -303,6 +305,8 @@ def find_weights(path: Union[str, os.PathLike]) -> Path:
 
 
 def _check(path: Path, sha256: str) -> Path:
+    if path.exists() and not path.is_file():
+        raise OSError("it is no file")                              # of a device, reading might never end
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         for chunk in iter(lambda: file.read(2 ** 20), b""):
