@@ -898,10 +898,10 @@ def export(source: Union[str, os.PathLike], teacher: Union[str, os.PathLike, Non
     state = read_checkpoint(source)
     config = state["config"] if isinstance(state["config"], dict) else {}
     networks = config.get("networks")
-    if config.get("model") != "imagenet" or not isinstance(networks, dict) or not {"teacher", "saliency"} <= networks.keys():
+    if config.get("model") != "imagenet" or not isinstance(networks, dict):
         raise ValueError(f"{source} is no checkpoint of --dataset imagenet: the authors' layout is ImageNet's")
-    teacher = biggan.find_weights(teacher or WEIGHTS / networks["teacher"])
-    saliency = u2net.find_weights(WEIGHTS / networks["saliency"])
+    teacher = biggan.find_weights(teacher or WEIGHTS / networks.get("teacher", PAPER["teacher"]))
+    saliency = u2net.find_weights(WEIGHTS / networks.get("saliency", PAPER["saliency"]))
     parts = {"biggan_GT": biggan.load(teacher, frozen=False).state_dict(),
              "u2net": u2net.load(saliency, frozen=False).state_dict(),
              **{name: state[name] for name in ("f_shape", "f_text", "f_bg")}}
@@ -1088,9 +1088,8 @@ def save_imagenet_sheet(model: ImagenetCGN, teacher: biggan.BigGAN, names: list[
 def save_gif(path: Path, images: torch.Tensor) -> None:
     """An animation, written atomically: images (rows, frames, 3, H, W) uint8, the rows side by side, there and back again."""
     frames = [F_image.to_pil_image(frame.permute(1, 2, 0, 3).flatten(2)) for frame in images.transpose(0, 1)]
-    content = io.BytesIO()
-    frames[0].save(content, "GIF", save_all=True, append_images=frames[1:] + frames[-2:0:-1], duration=100, loop=0)
-    mnist_variants.write_file(path, content.getvalue())
+    mnist_variants.write_file(path, partial(frames[0].save, format="GIF", save_all=True, append_images=frames[1:] + frames[-2:0:-1],
+                                            duration=100, loop=0))
 
 
 @torch.no_grad()
