@@ -543,17 +543,14 @@ def test_a_checkpoint_of_another_run_is_refused_without_its_log(trained, imagene
 
 
 def test_a_row_is_appended_whole_or_not_at_all(tmp_path):
-    code = f"""
-import resource, sys; sys.path.insert(0, {str(HERE)!r})
-from pathlib import Path
-import cgn
-path = Path({str(tmp_path / "new" / "log.jsonl")!r})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-for step in range(9):
-    cgn.append_row(path, {{"step": step, "loss": 0.123456789012345}})
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert result.returncode != 0 and "log.jsonl could not be written" in result.stderr and "make room" in result.stderr
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))                     # a full disk
+    try:
+        with pytest.raises(OSError, match="log.jsonl could not be written .*make room"):
+            for step in range(9):
+                cgn.append_row(tmp_path / "new" / "log.jsonl", {"step": step, "loss": 0.123456789012345})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [row["step"] for row in cgn.read_lines(tmp_path / "new" / "log.jsonl")] == [0, 1]
 
 
@@ -2032,6 +2029,7 @@ def test_the_released_vgg_is_older_than_a_batch_norms_count(networks):
     assert all(torch.equal(a, b) for a, b in zip(cgn.StyleFeatures(style)(x), cgn.StyleFeatures(networks[2])(x)))
 
 
+@beside
 def test_processes_that_find_other_folders_or_lose_one_another_say_so(tmp_path):
     """Rank 0 finds a checkpoint, rank 1 none, as on two machines without a common disk; then rank 1 ends."""
     (tmp_path / "0").mkdir()
@@ -2474,7 +2472,7 @@ def test_broken_pictures_and_labels_are_named(pictures, tmp_path):
     shutil.copytree(pictures, tmp_path / "p")
     (tmp_path / "p" / "real" / "ant" / "00000001.png").write_text("no picture")
     one_line(script("classify.py", *ensemble_options(tmp_path / "p", tmp_path / "out")), "00000001.png does not open", "--skip-broken")
-    result = process("classify.py", *ensemble_options(tmp_path / "p", tmp_path / "out", "--skip-broken"))
+    result = script("classify.py", *ensemble_options(tmp_path / "p", tmp_path / "out", "--skip-broken", "--workers", 0))
     assert result.returncode == 0 and re.search(r"00000001\.png does not open as a picture .*: skipped", result.stdout), result
     for row, words in (("../../x.png,0,0,1,1,1", "not in its folder"), ("00000000.png,0,0,one,1,1", "no number"),
                        ("00000000.png,0,0,1,1,2", "0..1")):
