@@ -28,6 +28,7 @@ import copy
 import itertools
 import math
 import os
+import signal
 import tempfile
 import time
 from functools import lru_cache, partial
@@ -767,6 +768,7 @@ def _ensemble_main(args: argparse.Namespace, out: Path) -> None:
     except RuntimeError as error:           # where a worker dies, torch raises this from a signal, wherever the training is
         if "DataLoader worker" not in str(error):
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # another one that ends now is no more news
         raise ValueError(f"{str(error).splitlines()[0]} Its pictures may need more memory: try fewer --workers; the last "
                          "checkpoint is kept") from None
     if rank == 0:
