@@ -1406,7 +1406,7 @@ def _imagenet_main(args: argparse.Namespace, out: Path) -> None:
               "scored": schedule["scored"], "style_scales": list(schedule["style_scales"]), "relative_patch": args.relative_patch}
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"CGN on {args.dataset}: {model.classes} classes, {model.resolution} x {model.resolution} pixels; {config['steps']} "
-          f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
+              f"updates of {config['accumulate']} images, {config['batch']} at a time, seed {args.seed}; torch {torch.__version__}, "
               f"{torch.get_num_threads()} threads, {device}; writing to {out}", flush=True)
     scoring = WEIGHTS / args.inception
     wanted = scoring.exists() or args.inception != schedule["inception"]

@@ -897,7 +897,6 @@ def _write(args: argparse.Namespace) -> None:
     if args.latents:
         for dataset in args.dataset:
             path = Path(args.runs) / f"figure6-{dataset}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
             data = mnist_variants.load(dataset, "train", textures=args.textures, variance=args.variance, root=args.mnist, seed=args.seeds[0])
             figure6(data, path, args.steps, args.seeds[0])
             print(f"wrote {path}")

@@ -109,7 +109,6 @@ def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mn
         else:
             state = make_classifier(data, steps, seed)
     path = out / f"mini-{what}.pth"
-    out.mkdir(parents=True, exist_ok=True)
     cgn.save_state(path, state)
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB after {time.time() - started:.0f} s")
     return path
