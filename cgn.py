@@ -554,8 +554,8 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
             schedule.step()
         _update_average(average, model, min(AVERAGE, (step + 1) / (step + 10)))
 
-        done = step + 1
-        if done % config["log_every"] == 0 or done == config["steps"]:
+        done, stop = step + 1, stopping()
+        if done % config["log_every"] == 0 or done == config["steps"] or stop:      # what is not finite is never saved
             row = {"step": done, "discriminator": loss_d.item(), **{name: loss.item() for name, loss in losses.items()},
                    "mask_mean": sample.mask.mean().item(), "real": real.mean().item(), "fake": fake.mean().item()}
             if not all(np.isfinite(value) for value in row.values()):
@@ -572,10 +572,10 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
             path = out / f"sheet-{done:06d}.png"
             save_training_sheet(average, config["names"], path, config["seed"])
             print(f"{chr(13) if sys.stdout.isatty() else ''}step {done}: {time.time() - started:.0f} s, {path}")
-        if done % config["sheet_every"] == 0 or done == config["steps"] or stopping():
+        if done % config["sheet_every"] == 0 or done == config["steps"] or stop:
             save_state(out / "checkpoint.pt", {"config": config, "step": done,
                                           **{name: part.state_dict() for name, part in parts.items()}})
-        if stopping():
+        if stop:
             raise KeyboardInterrupt
 
 

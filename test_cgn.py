@@ -528,6 +528,10 @@ def test_ctrl_c_ends_the_step_and_writes_its_checkpoint(trained, tmp_path, monke
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)
 
+    with pytest.raises(ValueError, match="not finite"):                             # a broken state is not saved
+        calls.clear()
+        cgn.train(tiny_config(sheet_every=6, log_every=6, mask=float("nan")), *tiny_data(), tmp_path / "nan")
+    assert not (tmp_path / "nan" / "checkpoint.pt").exists()
     monkeypatch.setattr(cgn, "mask_interval", press_twice)
     with pytest.raises(KeyboardInterrupt):
         cgn.train(tiny_config(), *tiny_data(), tmp_path / "twice")
