@@ -259,6 +259,8 @@ def train_generator(args: argparse.Namespace, dataset: str, model: str, seed: in
         command += ["--bf16"]
     if args.generator_steps:
         command += ["--steps", str(args.generator_steps)]
+    if args.shuffle and model == "cgn":
+        command += ["--shuffle", args.shuffle]
     cgn.main(command)
     return out / "checkpoint.pt"
 
@@ -288,7 +290,7 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     steps = args.steps * (IRM_STEPS[dataset] if method in ENVIRONMENTS else 1)
     row = {"dataset": dataset, "method": method, "seed": seed, "label": label, "steps": steps,
            "count": count if generates else 0, "per_shape": per_shape if "cgn" in method else 0,
-           "generator_steps": args.generator_steps if generates else None,
+           "generator_steps": args.generator_steps if generates else None, "shuffle": args.shuffle if "cgn" in method else None,
            "data": ("DTD textures" if args.textures else "drawn textures") if dataset == "wildlife" else f"variance {args.variance}"}
     path = Path(args.runs) / "results.jsonl"
     for held in cgn.read_lines(path):
@@ -810,6 +812,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument("--steps", type=int, default=12_000, help=f"of a classifier, {BATCH} images each; of IRM's {IRM_BATCH}, "
                       f"and 3 (wildlife: 6) times as many (default: %(default)s)")
     data.add_argument("--generator-steps", type=int, help="of a missing CGN or GAN (default: as cgn.py)")
+    data.add_argument("--shuffle", choices=("shift", "puzzle"), help="of a missing CGN's textures (default: as cgn.py)")
     data.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: draw textures)")
     data.add_argument("--variance", type=float, default=mnist_variants.COLOR_VARIANCE, help="colored, double-colored: of an "
                         "image's colour around its class colour (default: %(default)s; authors' double-colored: 0.0001)")

@@ -793,6 +793,7 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
     assert all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
     assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
     one_line(script(*command, "--generator-steps", 3), "colored-gan-0", "another")     # and not the result of two steps
+    one_line(script(*command, "--shuffle", "puzzle"), "colored-cgn-0", "shuffle")
 
 
 def test_the_figure_runs_end_to_end(few_images):
