@@ -574,12 +574,13 @@ def _cgn_main(args: argparse.Namespace) -> dict:
             iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0], model.truncation)))
     result = disentanglement(sample, y[0], real, readers)
     hidden = [hidden_digits(texture, y[0], shape_readers) for texture in (sample.foreground, sample.background)]
-    usual = [hidden_digits(texture, label[order].to(args.device), shape_readers) for texture, label in zip(real[1:], labels[1:])]
+    usual = ["–" if label[0] < 0 else f"{100 * hidden_digits(texture, label[order].to(args.device), shape_readers):.1f}"
+             for texture, label in zip(real[1:], labels[1:])]
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
     print(f"\na digit hidden in f: {100 * hidden[0]:.1f} %, in b: {100 * hidden[1]:.1f} % (chance 10; so much "
-          f"{args.shape_readers} shape reader(s) find in real textures: {100 * usual[0]:.1f} and {100 * usual[1]:.1f} %)\n"
+          f"{args.shape_readers} shape reader(s) find in real textures: {usual[0]} and {usual[1]} %)\n"
           f"swapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
           f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
           + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))

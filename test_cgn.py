@@ -995,6 +995,7 @@ def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path, few_images):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("shape reader: ") == 2 and "2 shape reader(s)" in result.stdout
     assert "| background | – | – | – |" in result.stdout and "swapped classes" in result.stdout
+    assert re.search(r"in real textures: \d+\.\d and – %", result.stdout)              # colored has no background's label
 
 
 # ------------------------------------------------------------------------------------------------------------------ biggan
