@@ -58,6 +58,7 @@ import u2net
 
 NOISE = 32                  # dimensions of u (authors' code)
 CELLS = 10                  # a texture starts as 10 x 10 cells; unpadded convolutions make 32 x 32 pixels of them
+SHUFFLES = ("shift", "puzzle")      # how they are moved: the authors' code's cyclic shift, or the paper's sliding puzzle
 PATCH = 2                   # the sliding puzzle moves patches of 2 x 2 cells, about 8 x 8 pixels
 MARGIN = 2                  # outermost pixels that are background by construction: see ShapeMechanism
 ENTROPY_CLAMP = 1e-4        # masks are clamped to [1e-4, 1 - 1e-4] inside the logarithm (authors' code)
@@ -1203,7 +1204,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="two training steps, written to a temporary folder")
 
     mechanisms = parser.add_argument_group("mechanisms (section 3.1)")
-    mechanisms.add_argument("--shuffle", choices=("shift", "puzzle"), default="shift", help="how a texture's cells are "
+    mechanisms.add_argument("--shuffle", choices=SHUFFLES, default=SHUFFLES[0], help="how a texture's cells are "
                             "rearranged: cyclic shift (authors' code) or sliding puzzle (paper) (default: %(default)s)")
     mechanisms.add_argument("--margin", type=int, default=MARGIN, help="outermost pixels that are background by "
                             "construction, 0 for objects that touch the border (default: %(default)s)")
