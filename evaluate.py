@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
+import torch.nn.functional as F
 
 Reader = Callable[[torch.Tensor], torch.Tensor]     # float images (N, 3, 32, 32) in [-1, 1] -> scores (N, C)
 
@@ -206,11 +207,18 @@ def disentanglement(sample, labels: torch.Tensor, real: Sequence[torch.Tensor], 
 
 
 @torch.no_grad()
-def hidden_digits(textures: torch.Tensor, labels: torch.Tensor, shape_readers: Sequence[Reader]) -> float:
+def hidden_digits(textures: torch.Tensor, labels: torch.Tensor, shape_readers: Sequence[Reader]) -> tuple[float, float]:
     """Share of bare textures (N, 3, H, W) in [-1, 1] in which a shape reader sees the label (N,) that the texture was given, mean
-    over the readers; chance is 1/C. Which digit a reader sees where there is none is up to chance as well, and mostly the same in
-    all textures of a class: a single one may be 10 points off."""
-    return sum(accuracy(reader(textures).argmax(dim=1), labels) for reader in shape_readers) / len(shape_readers)
+    over the readers; and its standard deviation if labels were dealt out to the classes' textures at random, around 1/C.
+
+    Which digit a reader sees where there is none is up to chance, and mostly the same in all textures of a class: the deviation is
+    that of a sum of one entry from each row and column (Hoeffding, 1951), and does not become smaller with N.
+    """
+    scores = [reader(textures) for reader in shape_readers]
+    seen = sum(F.one_hot(z.argmax(dim=1), z.shape[1]) for z in scores) / len(scores)                    # (N, C)
+    table = seen.new_zeros(seen.shape[1], seen.shape[1]).index_add(0, labels, seen) / len(labels)       # label given, digit seen
+    centred = table - table.mean(dim=0) - table.mean(dim=1, keepdim=True) + table.mean()
+    return table.trace().item(), (centred.square().sum() / (len(table) - 1)).sqrt().item()
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -574,18 +582,19 @@ def _cgn_main(args: argparse.Namespace) -> dict:
             iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0], model.truncation)))
     result = disentanglement(sample, y[0], real, readers)
     hidden = [hidden_digits(texture, y[0], shape_readers) for texture in (sample.foreground, sample.background)]
-    usual = ["–" if label[0] < 0 else f"{100 * hidden_digits(texture, label[order].to(args.device), shape_readers):.1f}"
+    usual = [None if label[0] < 0 else hidden_digits(texture, label[order].to(args.device), shape_readers)
              for texture, label in zip(real[1:], labels[1:])]
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
-    print(f"\na digit hidden in f: {100 * hidden[0]:.1f} %, in b: {100 * hidden[1]:.1f} % (chance 10; so much "
-          f"{args.shape_readers} shape reader(s) find in real textures: {usual[0]} and {usual[1]} %)\n"
-          f"swapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
+    print("\n| digits hidden in | generated | chance | real |\n|---|---|---|---|")
+    for part, found, in_real in zip("fb", hidden, usual):
+        print(f"| {part} | {100 * found[0]:.1f} | 10.0 ± {100 * found[1]:.1f} | {f'{100 * in_real[0]:.1f}' if in_real else '–'} |")
+    print(f"\nswapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
           f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
           + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))
     table = [[None if value != value else value for value in row] for row in result.table.tolist()]
-    return {**scores, "table": table, "hidden": hidden, "swapped": result.swapped, "mask_mean":
+    return {**scores, "table": table, "hidden": [found[0] for found in hidden], "swapped": result.swapped, "mask_mean":
             sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
 
 
