@@ -175,9 +175,9 @@ class ColorHeads(nn.Sequential):
     """LNTL's bias networks, one for each of red, green and blue: features (N, 32, 14, 14) -> scores (N, 8, 3, 14, 14) of each
     pixel's bin. Kim et al.'s have 32 channels inside; with 64 the features unlearn more of the colours."""
 
-    def __init__(self, channels: int = 64):
-        super().__init__(nn.Conv2d(32, 3 * channels, 3, padding=1), nn.BatchNorm2d(3 * channels), nn.ReLU(),
-                         nn.Conv2d(3 * channels, 3 * LNTL_BINS, 3, padding=1, groups=3), nn.Unflatten(1, (3, LNTL_BINS)))
+    def __init__(self):
+        super().__init__(nn.Conv2d(32, 3 * 64, 3, padding=1), nn.BatchNorm2d(3 * 64), nn.ReLU(),
+                         nn.Conv2d(3 * 64, 3 * LNTL_BINS, 3, padding=1, groups=3), nn.Unflatten(1, (3, LNTL_BINS)))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         return super().forward(h).transpose(1, 2)
