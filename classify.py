@@ -148,7 +148,8 @@ def linear(steps: int, optimizer: torch.optim.Optimizer) -> torch.optim.lr_sched
 
 
 def fit(sources: Sequence[Source], steps: int, seed: int = 0, bf16: bool = False, device: str = "cpu",
-        objective: Callable = erm, make_optimizer: Callable = ADADELTA, make_schedule: Callable = stepwise) -> Classifier:
+        objective: Callable = erm, make_optimizer: Callable = ADADELTA, make_schedule: Callable = stepwise, classes: int = 10
+        ) -> Classifier:
     """Train a classifier on batches that mix the sources in fixed numbers.
 
     objective(scores of each source, labels of each, progress in 0 .. 1) -> loss, `erm` or `irm`. make_optimizer(parameters) ->
@@ -156,7 +157,7 @@ def fit(sources: Sequence[Source], steps: int, seed: int = 0, bf16: bool = False
     of its arguments on the CPU: step i draws from cgn.rng(seed, i). Returns the classifier in eval mode.
     """
     torch.manual_seed(seed)
-    model = Classifier().to(device, memory_format=torch.channels_last)
+    model = Classifier(classes).to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model.parameters())
     schedule = make_schedule(steps, optimizer)
     for step in range(steps):
@@ -212,26 +213,28 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, device: str = "cpu") -> 
     small for full precision are taken for 0 meanwhile: of surely predicted bins there are so many that they double the time. A
     pure function of its arguments on the CPU. Returns the classifier in eval mode.
     """
-    torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     model = Classifier().to(device, memory_format=torch.channels_last)
     heads = ColorHeads().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     heads_optimizer = torch.optim.Adam(heads.parameters(), LNTL_HEADS_LR, betas=(0.5, 0.99))
     schedule = linear(steps, optimizer)
-    for step in range(steps):
-        (x, y), = draw_batch([source], seed, step, device)
-        h = model.features(x)
-        seen = h.detach().requires_grad_()
-        color_loss, unlearn = lntl_gradients(heads(seen), color_bins(x), seen)
-        optimizer.zero_grad()
-        heads_optimizer.zero_grad()
-        color_loss.backward(inputs=list(heads.parameters()))
-        torch.autograd.backward([F.cross_entropy(model.rest(h), y), h], [None, unlearn])
-        heads_optimizer.step()
-        optimizer.step()
-        schedule.step()
-    torch.set_flush_denormal(False)
+    torch.set_flush_denormal(True)
+    try:
+        for step in range(steps):
+            (x, y), = draw_batch([source], seed, step, device)
+            h = model.features(x)
+            seen = h.detach().requires_grad_()
+            color_loss, unlearn = lntl_gradients(heads(seen), color_bins(x), seen)
+            optimizer.zero_grad()
+            heads_optimizer.zero_grad()
+            color_loss.backward(inputs=list(heads.parameters()))
+            torch.autograd.backward([F.cross_entropy(model.rest(h), y), h], [None, unlearn])
+            heads_optimizer.step()
+            optimizer.step()
+            schedule.step()
+    finally:
+        torch.set_flush_denormal(False)
     return model.eval()
 
 

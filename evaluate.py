@@ -207,18 +207,13 @@ def disentanglement(sample, labels: torch.Tensor, real: Sequence[torch.Tensor], 
 
 
 @torch.no_grad()
-def hidden_digits(textures: torch.Tensor, labels: torch.Tensor, shape_readers: Sequence[Reader]) -> tuple[float, float]:
-    """Share of bare textures (N, 3, H, W) in [-1, 1] in which a shape reader sees the label (N,) that the texture was given, mean
-    over the readers; and its standard deviation if labels were dealt out to the classes' textures at random, around 1/C.
+def hidden_digits(textures: torch.Tensor, labels: torch.Tensor, reader: Reader) -> float:
+    """Share of bare textures (N, 3, H, W) in [-1, 1] in which a shape reader sees the label (N,) that the texture was given.
 
-    Which digit a reader sees where there is none is up to chance, and mostly the same in all textures of a class: the deviation is
-    that of a sum of one entry from each row and column (Hoeffding, 1951), and does not become smaller with N.
+    One that must name a digit sees mostly the same one in all textures of a class, by chance its own or not, so that 1/C is
+    expected and not reached. One that has learned bare textures as one more class sees none where there is none.
     """
-    scores = [reader(textures) for reader in shape_readers]
-    seen = sum(F.one_hot(z.argmax(dim=1), z.shape[1]) for z in scores) / len(scores)                    # (N, C)
-    table = seen.new_zeros(seen.shape[1], seen.shape[1]).index_add(0, labels, seen) / len(labels)       # label given, digit seen
-    centred = table - table.mean(dim=0) - table.mean(dim=1, keepdim=True) + table.mean()
-    return table.trace().item(), (centred.square().sum() / (len(table) - 1)).sqrt().item()
+    return accuracy(reader(textures).argmax(dim=1), labels)
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -305,7 +300,6 @@ def build_parser() -> argparse.ArgumentParser:
                      "weights/, fetched where it is absent; the miniature's: its own)")
     how.add_argument("--samples", type=int, default=5000, help="draws of the CGN (default: %(default)s)")
     how.add_argument("--reader-steps", type=int, default=12_000, help="training steps of a reader of digits (default: %(default)s)")
-    how.add_argument("--shape-readers", type=int, default=1, help="so many look for hidden digits (default: %(default)s)")
     how.add_argument("--bf16", action="store_true", help="train the readers in bfloat16")
     how.add_argument("--textures", help="wildlife: folder of DTD with the paper's textures (default: as it was trained)")
     how.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
@@ -319,7 +313,7 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        for name in ("samples", "reader_steps", "shape_readers", "splits"):
+        for name in ("samples", "reader_steps", "splits"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
         main_of, source = next((main_of, source) for main_of, source in (
@@ -556,23 +550,24 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     val = mnist_variants.load(name, "val", **data)
     bf16 = cgn.bf16_pays(args.bf16, args.device)
 
-    def reader(label: str, seed: int) -> Optional[Reader]:
-        if getattr(train, label)[0] < 0:
-            return None
-        model = classify.fit([(train.images, getattr(train, label), classify.BATCH)], args.reader_steps, seed, bf16=bf16,
-                             device=args.device)
-        found = classify.predict(model, val.images)
-        print(f"{label} reader: {100 * accuracy(found, getattr(val, label)):.1f} % of the validation split", flush=True)
-        return model
+    def learn(what: str, *sources: classify.Source, classes: int = 10) -> torch.nn.Module:
+        reader = classify.fit(sources, args.reader_steps, args.seed, bf16=bf16, device=args.device, classes=classes)
+        right = accuracy(classify.predict(reader, val.images), getattr(val, what))
+        print(f"reader of {what}s{' or none' if classes > 10 else ''}: {100 * right:.1f} % of the validation split", flush=True)
+        return reader
 
-    readers = [reader(label, args.seed) for label in ("shape", "foreground", "background")]
-    shape_readers = readers[:1] + [reader("shape", args.seed + k) for k in range(1, args.shape_readers)]
+    readers = [None if getattr(train, what)[0] < 0 else learn(what, (train.images, getattr(train, what), classify.BATCH))
+               for what in classify.LABELS]
+    size = (-1, -1, mnist_variants.SIZE, mnist_variants.SIZE)
+    parts, _ = mnist_variants.load_parts(name, "train", agreement=0.1, **data)
+    bare = torch.cat([texture[:10_000].expand(size) for texture in parts[1:]])
+    finder = learn("shape", (train.images, train.shape, classify.BATCH - 8), (bare, torch.full((len(bare),), 10), 8), classes=11)
 
     generator = torch.Generator().manual_seed(args.seed)
     parts, labels = mnist_variants.load_parts(name, "val", **data)
     order = torch.randint(len(val.shape), (args.samples,), generator=generator)
     mask, fore, back = (part[order] for part in parts)
-    size = (-1, -1, mnist_variants.SIZE, mnist_variants.SIZE)
+    labels = [label[order].to(args.device) for label in labels]
     real = [part.to(args.device) for part in (mask.float() / 255, cgn.to_float(fore).expand(size), cgn.to_float(back).expand(size))]
     u, y, arrangement = (drawn.to(args.device) for drawn in cgn.draw(model, args.seed, range(args.samples), truncation=model.truncation))
     with torch.no_grad():
@@ -581,21 +576,26 @@ def _cgn_main(args: argparse.Namespace) -> dict:
             teacher = biggan.load(biggan.find_weights(cgn.WEIGHTS / model.config["networks"]["teacher"])).to(args.device)
             iou = mask_iou(sample.mask, model.saliency(teacher(u[0], y[0], model.truncation)))
     result = disentanglement(sample, y[0], real, readers)
-    hidden = [hidden_digits(texture, y[0], shape_readers) for texture in (sample.foreground, sample.background)]
-    usual = [None if label[0] < 0 else hidden_digits(texture, label[order].to(args.device), shape_readers)
-             for texture, label in zip(real[1:], labels[1:])]
+    m, f, b = real
+    faint = hidden_digits(b + 0.5 * m * (f - b), labels[0], finder)
+    hidden = [[hidden_digits(texture, given, reader) if given[0] >= 0 else None
+               for reader in (readers[0], finder) for texture, given in ((sample[part], y[0]), (real[part], labels[part]))]
+              for part in (1, 2)]
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
-    print("\n| digits hidden in | generated | chance | real |\n|---|---|---|---|")
-    for part, found, in_real in zip("fb", hidden, usual):
-        print(f"| {part} | {100 * found[0]:.1f} | 10.0 ± {100 * found[1]:.1f} | {f'{100 * in_real[0]:.1f}' if in_real else '–'} |")
+    print("\n| digit hidden in | must be named: generated | real | may be none: generated | real |\n|---|---|---|---|---|")
+    for part, row in zip("fb", hidden):
+        print(f"| {part} | " + " | ".join("–" if value is None else f"{100 * value:.1f}" for value in row) + " |")
+    print(f"half transparent real digits: {100 * faint:.1f} % are found where there may be none")
     print(f"\nswapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
           f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
           + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))
     table = [[None if value != value else value for value in row] for row in result.table.tolist()]
-    return {**scores, "table": table, "hidden": [found[0] for found in hidden], "swapped": result.swapped, "mask_mean":
-            sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
+    return {**scores, "table": table, "hidden": [row[0] for row in hidden], "hidden_real": [row[1] for row in hidden],
+            "hidden_or_none": [row[2] for row in hidden], "half_transparent": faint, "swapped": result.swapped,
+            "mask_mean": sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(),
+            "iou": iou if mini else None}
 
 
 if __name__ == "__main__":
