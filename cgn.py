@@ -520,10 +520,9 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
         y = labels[chosen].to(device)
         x = to_float(images[chosen].to(device))
 
-        # Instance noise (Sonderby et al., 2017): at first the discriminator is too good to teach. It fades over training, on
-        # textures not to 0: there, single classes came apart again within the last thousand steps.
+        # Instance noise (Sonderby et al., 2017): at first the discriminator is too good to teach; it fades out over training.
         noise = torch.from_numpy(generator.standard_normal((2 * batch, *x.shape[1:]), dtype=np.float32)).to(device)
-        noise *= config["noise"] * max(1 - step / config["steps"], config["noise_left"])
+        noise *= config["noise"] * (1 - step / config["steps"])
 
         with autocast():
             sample = model(tuple(u), y, arrangement)
@@ -1162,7 +1161,6 @@ def class_folders(folder: Union[str, os.PathLike]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-NOISE_LEFT = 1 / 8          # of --noise, at the end of a training on textures or own pictures
 STEPS = {"colored": 4000, "double-colored": 4000, "wildlife": 8000}                     # a folder trains like wildlife
 # Shape, texture and background of Figure 24's pictures, row by row: school bus, giant panda, geyser, and so on.
 FIGURE_24 = ((779, 388, 974), (275, 486, 949), (15, 629, 983), (63, 409, 46), (751, 719, 952), (275, 461, 7), (235, 145, 133),
@@ -1241,7 +1239,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--color", type=float, default=10.0, help="weight of a class's mean colour in x_gen, like real "
                           "images', and in b, like their borders'")
     training.add_argument("--noise", type=float, default=0.4, help="standard deviation of the noise on what the discriminator "
-                          "sees, fading to 0, on textures and own pictures to an eighth (default: %(default)s)")
+                          "sees, fading to 0 (default: %(default)s)")
     training.add_argument("--adversarial", choices=("hinge", "relativistic"), help="default: hinge for the flat colours of "
                           "colored and double-colored, else relativistic")
     training.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe, in training and sampling: "
@@ -1320,7 +1318,6 @@ def _train_main(args: argparse.Namespace, out: Path) -> None:
     flat = args.dataset in ("colored", "double-colored")
     relativistic = not flat if args.adversarial is None else args.adversarial == "relativistic"
     config = {"steps": STEPS.get(args.dataset, STEPS["wildlife"]), "batch": 64, "relativistic": relativistic,
-              "noise_left": 0 if flat else NOISE_LEFT,
               "log_every": 50, "sheet_every": SHEET_EVERY, "names": names, "images": len(images)}
     for key in ("dataset", "textures", "variance", "model", "seed", "shuffle", "margin", "steps", "batch", "lr", "binary",
                 "binary_warmup", "mask", "interval", "color", "noise", "bf16"):

@@ -116,8 +116,7 @@ def one_line(result, *words):
 def tiny_config(**changes):
     return {"model": "cgn", "dataset": "colored", "textures": None, "variance": 0.02, "margin": 2, "shuffle": "shift",
             "names": [f"digit {k}" for k in range(10)], "seed": 3, "steps": 6, "batch": 8, "lr": 1e-3, "binary": 1.0, "binary_warmup": 4, "mask": 10.0,
-            "interval": [0.05, 0.4], "noise": 0.3, "noise_left": 0.1, "color": 10.0, "bf16": False, "relativistic": False, "log_every": 1,
-            "sheet_every": 2, **changes}
+            "interval": [0.05, 0.4], "noise": 0.3, "color": 10.0, "bf16": False, "relativistic": False, "log_every": 1, "sheet_every": 2, **changes}
 
 
 def tiny_data(count=64):
