@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple, Optional, Sequence
 
 import torch
-import torch.nn.functional as F
 
 Reader = Callable[[torch.Tensor], torch.Tensor]     # float images (N, 3, 32, 32) in [-1, 1] -> scores (N, C)
 
