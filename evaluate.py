@@ -558,7 +558,7 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     readers = [None if getattr(train, what)[0] < 0 else learn(what, (train.images, getattr(train, what), classify.BATCH))
                for what in classify.LABELS]
     size = (-1, -1, mnist_variants.SIZE, mnist_variants.SIZE)
-    parts, _ = mnist_variants.load_parts(name, "train", agreement=0.1, **data)
+    parts, _ = mnist_variants.load_parts(name, "train", agreement=0.1, **data)      # bare textures: an eleventh class, 8 in a batch
     bare = torch.cat([texture[:10_000].expand(size) for texture in parts[1:]])
     finder = learn("shape", (train.images, train.shape, classify.BATCH - 8), (bare, torch.full((len(bare),), 10), 8), classes=11)
 
@@ -581,7 +581,7 @@ def _cgn_main(args: argparse.Namespace) -> dict:
                for reader in (readers[0], finder) for texture, given in ((sample[part], y[0]), (real[part], labels[part]))]
               for part in (1, 2)]
     print("\n| label read | m | f | b |\n|---|---|---|---|")
-    for label, row in zip(("shape", "foreground", "background"), result.table.tolist()):
+    for label, row in zip(classify.LABELS, result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
     print("\n| digit hidden in | must be named: generated | real | may be none: generated | real |\n|---|---|---|---|---|")
     for part, row in zip("fb", hidden):
