@@ -62,7 +62,7 @@ SHUFFLES = ("shift", "puzzle")      # how they are moved: the authors' code's cy
 PATCH = 2                   # the sliding puzzle moves patches of 2 x 2 cells, about 8 x 8 pixels
 MARGIN = 2                  # outermost pixels that are background by construction: see ShapeMechanism
 ENTROPY_CLAMP = 1e-4        # masks are clamped to [1e-4, 1 - 1e-4] inside the logarithm (authors' code)
-AVERAGE = 0.999             # decay of the averaged generator that all samples are drawn from
+AVERAGE = 1 / 4             # samples are drawn from a generator that is averaged over about this share of the training's last steps
 
 SHEET_EVERY, SHEET_COLUMNS = 500, 8
 SHEET_ROWS, SHEET_TRUNCATION = 8, 0.5
@@ -508,6 +508,7 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
     color = mean_color(images, labels, model.classes).to(device)
     border = mean_color(images, labels, model.classes, config["margin"]).to(device) if config["margin"] else None
     batch, started = config["batch"], time.time()
+    decay = max(0, 1 - 1 / (AVERAGE * config["steps"]))
 
     def autocast():
         return torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config["bf16"])
@@ -553,7 +554,7 @@ def train(config: dict, images: torch.Tensor, labels: torch.Tensor, out: Path, d
         discriminator.requires_grad_(True)
         for schedule in schedules:
             schedule.step()
-        _update_average(average, model, min(AVERAGE, (step + 1) / (step + 10)))
+        _update_average(average, model, min(decay, (step + 1) / (step + 10)))
 
         done, stop = step + 1, stopping()
         if done % config["log_every"] == 0 or done == config["steps"] or stop:      # what is not finite is never saved

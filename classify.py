@@ -59,6 +59,7 @@ CAUSE = (0.9, 0.95, 1.0)                            # agreements of Table 5's en
 IRM_WEIGHT = 1.0            # of the penalty at the end; it rises linearly from 0 (the README has what larger ones give)
 LNTL_BINS, LNTL_ENTROPY = 8, 0.01                                                   # Kim et al. (2019), their code
 LNTL_REVERSAL, LNTL_HEADS_LR = 8.0, 2e-3    # chosen on the validation split of colored; theirs are 0.1 and, of SGD, 0.01
+LNTL_STARTS = 4             # of which the best on the validation split after a third of its steps is finished
 LNTL_STEPS = 0.25           # times --steps: longer, features find ways to tell colours that the heads do not see
 BETA = 4.0                  # of the beta-VAE
 LABELS = ("shape", "foreground", "background")
@@ -205,13 +206,11 @@ def lntl_gradients(scores: torch.Tensor, bins: torch.Tensor, h: torch.Tensor) ->
     return loss, torch.autograd.grad(LNTL_ENTROPY * certainty - LNTL_REVERSAL * loss, h, retain_graph=True)[0]
 
 
-def fit_lntl(source: Source, steps: int, seed: int = 0, device: str = "cpu") -> Classifier:
-    """Train a classifier whose features cannot tell colours (Kim et al., 2019): SGD, momentum 0.9, weight decay 5e-4, a learning
+def train_lntl(source: Source, steps: int, seed: int, device: str) -> Iterator[Classifier]:
+    """LNTL's training (Kim et al., 2019): yields the classifier after every step. SGD, momentum 0.9, weight decay 5e-4, a learning
     rate of 0.01 falling to 0; its heads with Adam, as they must learn faster than the features change.
 
-    Heads learn the colours from the features, and the features learn the label and unlearn the colours, in one step. Numbers too
-    small for full precision are taken for 0 meanwhile: of surely predicted bins there are so many that they double the time. A
-    pure function of its arguments on the CPU. Returns the classifier in eval mode.
+    Heads learn the colours from the features, and the features learn the label and unlearn the colours, in one step.
     """
     torch.manual_seed(seed)
     model = Classifier().to(device, memory_format=torch.channels_last)
@@ -219,23 +218,42 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, device: str = "cpu") -> 
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     heads_optimizer = torch.optim.Adam(heads.parameters(), LNTL_HEADS_LR, betas=(0.5, 0.99))
     schedule = linear(steps, optimizer)
+    for step in range(steps):
+        (x, y), = draw_batch([source], seed, step, device)
+        h = model.train().features(x)
+        seen = h.detach().requires_grad_()
+        color_loss, unlearn = lntl_gradients(heads(seen), color_bins(x), seen)
+        optimizer.zero_grad()
+        heads_optimizer.zero_grad()
+        color_loss.backward(inputs=list(heads.parameters()))
+        torch.autograd.backward([F.cross_entropy(model.rest(h), y), h], [None, unlearn])
+        heads_optimizer.step()
+        optimizer.step()
+        schedule.step()
+        yield model
+
+
+def fit_lntl(source: Source, validation: tuple[torch.Tensor, torch.Tensor], steps: int, seed: int = 0, device: str = "cpu"
+             ) -> Classifier:
+    """Train a classifier whose features cannot tell colours. How much of them is unlearned is decided early and by chance: of
+    LNTL_STARTS trainings, the one that after a third reads most of `validation`, images (N, 3, 32, 32) uint8 and labels (N,),
+    is finished, all in `steps` together.
+
+    Numbers too small for full precision are taken for 0 meanwhile: of surely predicted bins there are so many that they double
+    the time. A pure function of its arguments on the CPU. Returns the classifier in eval mode.
+    """
+    third = max(1, steps // (LNTL_STARTS + 2))
+    trainings = [train_lntl(source, 3 * third, LNTL_STARTS * seed + start, device) for start in range(LNTL_STARTS)]
     torch.set_flush_denormal(True)
     try:
-        for step in range(steps):
-            (x, y), = draw_batch([source], seed, step, device)
-            h = model.features(x)
-            seen = h.detach().requires_grad_()
-            color_loss, unlearn = lntl_gradients(heads(seen), color_bins(x), seen)
-            optimizer.zero_grad()
-            heads_optimizer.zero_grad()
-            color_loss.backward(inputs=list(heads.parameters()))
-            torch.autograd.backward([F.cross_entropy(model.rest(h), y), h], [None, unlearn])
-            heads_optimizer.step()
-            optimizer.step()
-            schedule.step()
+        models = [list(itertools.islice(training, third))[-1] for training in trainings]
+        scores = [evaluate.accuracy(predict(model.eval(), validation[0]), validation[1]) for model in models]
+        best = scores.index(max(scores))
+        for _ in trainings[best]:
+            pass
     finally:
         torch.set_flush_denormal(False)
-    return model.eval()
+    return models[best].eval()
 
 
 @torch.no_grad()
@@ -321,7 +339,9 @@ def run(args: argparse.Namespace, dataset: str, method: str, seed: int, *, count
     else:
         real = _real_images(dataset, method, data)
         if method == "lntl":
-            classifier = fit_lntl((real.images, getattr(real, label), BATCH), steps, seed, device=args.device)
+            val = mnist_variants.load(dataset, "val", **data)
+            classifier = fit_lntl((real.images, getattr(real, label), BATCH), (val.images, getattr(val, label)), steps, seed,
+                                  device=args.device)
         else:
             classifier = fit(sources(method, real, label, generated), steps, seed, bf16=args.bf16, device=args.device)
     for split in splits:

@@ -577,24 +577,31 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     result = disentanglement(sample, y[0], real, readers)
     m, f, b = real
     faint = hidden_digits(b + 0.5 * m * (f - b), labels[0], finder)
-    hidden = [[hidden_digits(texture, given, reader) if given[0] >= 0 else None
-               for reader in (readers[0], finder) for texture, given in ((sample[part], y[0]), (real[part], labels[part]))]
-              for part in (1, 2)]
+
+    def seen(texture: torch.Tensor, given: torch.Tensor) -> list[Optional[float]]:
+        """How often its label's digit must be named, is found where there may be none, and how often any is found there."""
+        if given[0] < 0:
+            return [None] * 3
+        return [hidden_digits(texture, given, readers[0]), hidden_digits(texture, given, finder),
+                1 - hidden_digits(texture, torch.full_like(given, 10), finder)]
+
+    hidden = [[*zip(seen(sample[part], y[0]), seen(real[part], labels[part]))] for part in (1, 2)]
     print("\n| label read | m | f | b |\n|---|---|---|---|")
     for label, row in zip(classify.LABELS, result.table.tolist()):
         print(f"| {label} | " + " | ".join("–" if value != value else f"{100 * value:.1f}" for value in row) + " |")
-    print("\n| digit hidden in | must be named: generated | real | may be none: generated | real |\n|---|---|---|---|---|")
+    print("\n| its digit in | must be named: generated | real | may be none: generated | real | any digit: generated | real |")
+    print("|---" * 7 + "|")
     for part, row in zip("fb", hidden):
-        print(f"| {part} | " + " | ".join("–" if value is None else f"{100 * value:.1f}" for value in row) + " |")
+        print(f"| {part} | " + " | ".join("–" if value is None else f"{100 * value:.1f}" for pair in row for value in pair) + " |")
     print(f"half transparent real digits: {100 * faint:.1f} % are found where there may be none")
     print(f"\nswapped classes: {len(result.swapped)} {result.swapped or ''}\nmean mask {sample.mask.mean():.3f}, mean binary "
           f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
           + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))
     table = [[None if value != value else value for value in row] for row in result.table.tolist()]
-    return {**scores, "table": table, "hidden": [row[0] for row in hidden], "hidden_real": [row[1] for row in hidden],
-            "hidden_or_none": [row[2] for row in hidden], "half_transparent": faint, "swapped": result.swapped,
-            "mask_mean": sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(),
-            "iou": iou if mini else None}
+    return {**scores, "table": table, "hidden": [row[0][0] for row in hidden], "hidden_real": [row[0][1] for row in hidden],
+            "hidden_or_none": [row[1][0] for row in hidden], "any_digit": [row[2][0] for row in hidden],
+            "half_transparent": faint, "swapped": result.swapped, "mask_mean": sample.mask.mean().item(),
+            "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
 
 
 if __name__ == "__main__":
