@@ -453,8 +453,10 @@ def test_the_average_moves_slowly_and_at_first_follows_the_generator(tmp_path, m
 
     decays = []
     monkeypatch.setattr(cgn, "_update_average", lambda average, model, decay: decays.append(decay))
-    cgn.train(tiny_config(batch=4, steps=3), torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10), tmp_path)
-    assert decays == pytest.approx([1 / 10, 2 / 11, 3 / 12])
+    for dataset in ("colored", "my pictures"):
+        cgn.train(tiny_config(dataset=dataset, batch=4, steps=3), torch.zeros(10, 3, 32, 32, dtype=torch.uint8), torch.arange(10),
+                  tmp_path / dataset)
+    assert decays == pytest.approx([1 / 10, 2 / 11, 3 / 12, 1 / 5, 2 / 6, 3 / 7])
 
 
 def test_training_writes_log_sheet_and_checkpoint(trained):
