@@ -545,7 +545,8 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     name = "wildlife" if mini else model.config["dataset"]
     data = {"textures": args.textures or model.config.get("textures"), "root": args.mnist, "seed": args.seed,
             "variance": model.config.get("variance", mnist_variants.COLOR_VARIANCE)}
-    train = mnist_variants.load(name, "train", agreement=0.1, **data)
+    parts, labels = mnist_variants.load_parts(name, "train", agreement=0.1, **data)
+    train = mnist_variants.Variant(mnist_variants.compose(*parts), *labels)
     val = mnist_variants.load(name, "val", **data)
     bf16 = cgn.bf16_pays(args.bf16, args.device)
 
@@ -558,8 +559,7 @@ def _cgn_main(args: argparse.Namespace) -> dict:
     readers = [None if getattr(train, what)[0] < 0 else learn(what, (train.images, getattr(train, what), classify.BATCH))
                for what in classify.LABELS]
     size = (-1, -1, mnist_variants.SIZE, mnist_variants.SIZE)
-    parts, _ = mnist_variants.load_parts(name, "train", agreement=0.1, **data)      # bare textures: an eleventh class, 8 in a batch
-    bare = torch.cat([texture[:10_000].expand(size) for texture in parts[1:]])
+    bare = torch.cat([texture[:10_000].expand(size) for texture in parts[1:]])      # an eleventh class, 8 in a batch
     finder = learn("shape", (train.images, train.shape, classify.BATCH - 8), (bare, torch.full((len(bare),), 10), 8), classes=11)
 
     generator = torch.Generator().manual_seed(args.seed)
