@@ -356,10 +356,11 @@ def _predictions_main(args: argparse.Namespace) -> dict:
     return {**row, "confusion": counts.tolist()}
 
 
-def _judge(args: argparse.Namespace, paths: Sequence[str], least: int) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
-    """What --ensemble, which must know `least` classes, says of pictures: which of them opened (N,), the probabilities (M, C) of
-    these by head, by the average without the background's (the authors' code on ImageNet-9) and by that of all, and the
-    classes' names."""
+def _judge(args: argparse.Namespace, paths: Sequence[str], least: int, subfolders: Sequence[str] = ()
+           ) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
+    """What --ensemble, which must know `least` classes and those that `subfolders` are named by, says of pictures: which of them
+    opened (N,), the probabilities (M, C) of these by head, by the average without the background's (the authors' code on
+    ImageNet-9) and by that of all, and the classes' names."""
     import cgn
     import classify
     import u2net
@@ -370,6 +371,9 @@ def _judge(args: argparse.Namespace, paths: Sequence[str], least: int) -> tuple[
     names = model.config["names"]
     if len(names) < least:
         raise ValueError(f"{args.ensemble} knows {len(names)} classes: {least} are needed")
+    unknown = [name for name in subfolders if name not in names]
+    if unknown:
+        raise ValueError(f"{args.imagenet} has a subfolder {unknown[0]!r}, a class that {args.ensemble} was not trained on")
     scores = classify.score(lambda x: model(u2net.normalise(x)), paths, model.config["side"], skip=args.skip_broken,
                             device=args.device)                                     # (N, heads, C)
     kept = ~scores.isnan().any(dim=2).any(dim=1)
@@ -444,12 +448,10 @@ def _imagenet_main(args: argparse.Namespace) -> dict:
     import classify
     files, labels = zip(*classify.labelled_files(args.imagenet))
     labels = torch.tensor(labels)                                                   # (N, 1), of counterfactuals (N, 3)
-    kept, judged, names = _judge(args, files, int(labels.max()) + 1)
-    if labels.shape[1] == 1:                                # subfolders, which need not be all those of the training
-        held = sorted({Path(file).relative_to(args.imagenet).parts[0] for file in files})
-        unknown = [name for name in held if name not in names]
-        if unknown:
-            raise ValueError(f"{args.imagenet} has a subfolder {unknown[0]!r}, a class that {args.ensemble} was not trained on")
+    plain = labels.shape[1] == 1                            # subfolders, which need not be all those of the training
+    held = sorted({Path(file).relative_to(args.imagenet).parts[0] for file in files}) if plain else ()
+    kept, judged, names = _judge(args, files, int(labels.max()) + 1, held)
+    if plain:
         labels = {name: torch.tensor([names.index(name) for name in held])[labels[kept, 0]] for name in judged}
     elif len(judged) < 3:
         raise ValueError(f"{args.ensemble} has one head: {args.imagenet} has a label for each of three")
@@ -598,10 +600,10 @@ def _cgn_main(args: argparse.Namespace) -> dict:
           f"entropy {cgn.binary_entropy(sample.mask):.3f} bit"
           + (f", IoU with what is salient in the teacher's images {iou:.3f}" if mini else ""))
     table = [[None if value != value else value for value in row] for row in result.table.tolist()]
-    return {**scores, "table": table, "hidden": [row[0][0] for row in hidden], "hidden_real": [row[0][1] for row in hidden],
-            "hidden_or_none": [row[1][0] for row in hidden], "any_digit": [row[2][0] for row in hidden],
-            "half_transparent": faint, "swapped": result.swapped, "mask_mean": sample.mask.mean().item(),
-            "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
+    columns = {name: [dict(zip(("generated", "real"), row[k])) for row in hidden]           # of f and of b
+               for k, name in enumerate(("must_be_named", "may_be_none", "any_digit"))}
+    return {**scores, "table": table, **columns, "half_transparent": faint, "swapped": result.swapped,
+            "mask_mean": sample.mask.mean().item(), "binary_entropy": cgn.binary_entropy(sample.mask).item(), "iou": iou if mini else None}
 
 
 if __name__ == "__main__":

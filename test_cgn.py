@@ -1011,8 +1011,9 @@ def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path, few_images):
     number = r"\d+\.\d"
     assert re.search(rf"\| f (\| {number} ){{6}}\|\n\| b (\| {number} \| – ){{3}}\|\n", result.stdout)
     held = json.loads((tmp_path / "d.json").read_text())
-    assert held["hidden_real"][1] is None and all(0 <= value <= 1 for value in (*held["hidden"], *held["any_digit"]))
-    assert all(own <= any_digit + 1e-6 for own, any_digit in zip(held["hidden_or_none"], held["any_digit"]))
+    for own, found, some in zip(held["must_be_named"], held["may_be_none"], held["any_digit"]):
+        assert 0 <= own["generated"] <= 1 and 0 <= found["generated"] <= some["generated"] + 1e-6 <= 1 + 1e-6
+    assert 0 <= held["may_be_none"][0]["real"] <= 1 and held["may_be_none"][1]["real"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------------ biggan
@@ -2393,7 +2394,8 @@ def test_each_head_of_an_ensemble_is_judged(imagenet_ensemble, tmp_path):
         picture(tmp_path / "val" / f"n{name:03d}" / f"{number}.png")
     out = judged("--ensemble", imagenet_ensemble, "--imagenet", tmp_path / "val")
     assert "| shape | 50.00 % |" in out and "| texture | 25.00 % |" in out
-    picture(tmp_path / "val" / "cat" / "0.png")
+    (tmp_path / "val" / "cat").mkdir()
+    (tmp_path / "val" / "cat" / "0.png").write_text("told before it is opened")
     one_line(script("evaluate.py", "--ensemble", imagenet_ensemble, "--imagenet", tmp_path / "val"), "'cat'")
 
     rows = [f"{number}.png,{shape},{texture},152" for number, (shape, texture) in enumerate(((404, 294), (404, 0), (0, 0), (0, 0)))]
