@@ -1011,9 +1011,10 @@ def test_the_mechanisms_table_of_a_checkpoint(trained, tmp_path, few_images):
     number = r"\d+\.\d"
     assert re.search(rf"\| f (\| {number} ){{6}}\|\n\| b (\| {number} \| – ){{3}}\|\n", result.stdout)
     held = json.loads((tmp_path / "d.json").read_text())
-    for own, found, some in zip(held["must_be_named"], held["may_be_none"], held["any_digit"]):
-        assert 0 <= own["generated"] <= 1 and 0 <= found["generated"] <= some["generated"] + 1e-6 <= 1 + 1e-6
-    assert 0 <= held["may_be_none"][0]["real"] <= 1 and held["may_be_none"][1]["real"] is None
+    columns = [held[name] for name in ("must_be_named", "may_be_none", "any_digit")]
+    assert all(0 <= value <= 1 for f, b in columns for value in (f["generated"], f["real"], b["generated"]))
+    assert all(b["real"] is None for _, b in columns)
+    assert all(own["generated"] <= some["generated"] + 1e-6 for own, some in zip(*columns[1:]))
 
 
 # ------------------------------------------------------------------------------------------------------------------ biggan
