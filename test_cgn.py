@@ -738,52 +738,39 @@ def test_the_irm_penalty_is_the_squared_derivative_by_a_dummy_scale():
     assert torch.autograd.gradcheck(lambda z: classify.irm([z, -z], [y, y], 0.3), (half.clone().requires_grad_(),))
 
 
-def test_color_bins_by_hand():
-    x = torch.tensor([0.0, 0.1, 0.5, 1.0]).view(1, 1, 2, 2).expand(1, 3, 2, 2) * 2 - 1
-    assert classify.color_bins(x, 2, near=0)[0, 1].tolist() == [[-1, 0], [4, 7]]
-    assert classify.color_bins(x, 2)[0, 1].tolist() == [[7, 7], [7, 7]]             # the brightest of the neighbours
-    spot = torch.full((2, 3, 32, 32), -1.0)
-    spot[:, 1, :4, :4] = 0.0
-    bins = classify.color_bins(spot)
-    assert bins.shape == (2, 3, 14, 14) and (bins[:, 1, :5, :5] == 4).all() and (bins[:, 1, 8:, 8:] == -1).all()
+def test_two_colors_by_hand():
+    x = torch.full((2, 3, 4, 4), -0.5)                              # a quarter of full brightness: bin 2
+    x[0, :, 1, 1:3] = torch.tensor([-1.0, 0.0, 1.0])[:, None]       # the digit; its border is half covered
+    x[0, :, 2, 1:3] = torch.tensor([-0.75, -0.25, 0.25])[:, None]
+    assert classify.two_colors(x).tolist() == [[2, 2, 2, 0, 4, 7], [2] * 6]
 
 
 def test_lntl_unlearns_along_the_reversed_gradient(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(2, 8, 3, 4, 4, generator=generator, dtype=torch.double)
-    bins = torch.randint(8, (2, 3, 4, 4), generator=generator)
-    bins[:, :, 0] = -1
+    scores = torch.randn(2, 8, 6, 4, 4, generator=generator, dtype=torch.double)
+    bins = torch.randint(8, (2, 6), generator=generator)
     h = torch.ones((), dtype=torch.double, requires_grad=True)                      # features that scale the scores
     loss, gradient = classify.lntl_gradients(h * scores, bins, h)
-    p = scores.softmax(dim=1)
-    known = bins >= 0
-    picked = p.gather(1, bins.clamp(min=0)[:, None])[:, 0][known]
-    assert torch.allclose(loss, -picked.log().mean())
-    expected = (p * scores).sum(dim=1)                                              # of each prediction
-    of_loss = (expected[known] - scores.gather(1, bins.clamp(min=0)[:, None])[:, 0][known]).mean()
-    of_certainty = ((p * scores ** 2).sum(dim=1) - expected ** 2).mean()            # d/dh of the negative entropy is the variance
+    p, bins = scores.softmax(dim=1), bins.view(2, 1, 6, 1, 1).expand(2, 1, 6, 4, 4)
+    assert torch.allclose(loss, -p.gather(1, bins).log().mean())
+    expected = (p * scores).sum(dim=1, keepdim=True)                                # of each prediction
+    of_loss = (expected - scores.gather(1, bins)).mean()
+    of_certainty = ((p * scores ** 2).sum(dim=1, keepdim=True) - expected ** 2).mean()      # the negative entropy's: the variance
     assert torch.allclose(gradient, classify.LNTL_ENTROPY * of_certainty - classify.LNTL_REVERSAL * of_loss)
-    heads = classify.ColorHeads()
-    scores = heads(torch.randn(4, 32, 14, 14))
-    assert scores.shape == (4, 8, 3, 14, 14)
-    scores[:, :, 1].square().sum().backward()                                       # green's head has its own channels
-    assert heads[0].weight.grad.flatten(1).any(dim=1).tolist() == [False] * 64 + [True] * 64 + [False] * 64
     gradients = classify.lntl_gradients
     monkeypatch.setattr(classify, "lntl_gradients", lambda *given: (gradients(*given)[0], torch.zeros_like(given[2])))
-    plain, = classify.train_lntl((*tiny_data(), 64), 1, 1, "cpu")                   # nothing is unlearned
+    plain = classify.fit_lntl((*tiny_data(), 64), 1, 1)                             # nothing is unlearned
     monkeypatch.setattr(classify, "lntl_gradients", gradients)
-    unlearned, = classify.train_lntl((*tiny_data(), 64), 1, 1, "cpu")
+    unlearned = classify.fit_lntl((*tiny_data(), 64), 1, 1)
     changed = [not torch.equal(a, b) for a, b in zip(plain.parameters(), unlearned.parameters())]
     assert changed == [True] * 6 + [False] * 6      # batch norm and two convolutions, but not what is behind the features
 
 
-def test_of_lntls_starts_the_best_on_validation_images_is_finished(monkeypatch):
-    source, steps = (*tiny_data(), 64), 13          # 2 for each start, the best goes on to 6
-    right = iter((0.1, 0.3, 0.2, 0.3))
-    monkeypatch.setattr(evaluate, "accuracy", lambda *given: next(right))
-    fitted = classify.fit_lntl(source, tiny_data(), steps, seed=3)
-    *_, alone = classify.train_lntl(source, 6, 3 * 4 + 1, "cpu")
-    assert not fitted.training and all(torch.equal(a, b) for a, b in zip(fitted.state_dict().values(), alone.state_dict().values()))
+def test_lntls_features_know_no_averages():
+    model = classify.fit_lntl((*tiny_data(), 64), 1)
+    assert not model.training
+    x = cgn.to_float(tiny_data()[0])
+    assert torch.allclose(model(x), model(0.5 * x), atol=0.01)      # neither brightness nor contrast
 
 
 def test_sources_mix_in_the_stated_numbers():
