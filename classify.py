@@ -196,10 +196,10 @@ def lntl_gradients(scores: torch.Tensor, bins: torch.Tensor, h: torch.Tensor) ->
 
 
 def fit_lntl(source: Source, steps: int, seed: int = 0, *, bf16: bool = False, device: str = "cpu") -> Classifier:
-    """Train a classifier whose features cannot tell colours (LNTL, Kim et al., 2019). SGD, momentum 0.9, weight decay 5e-4, a
-    learning rate of 0.01 falling to 0; its heads, one hidden layer at each place for each of six values, with Adam, as they must
-    learn faster than the features change. Both convolutions' outputs are normalised in each image: otherwise the reversal
-    shrinks the features to nothing, or colours hide in averages that no single place tells.
+    """Train a classifier whose features cannot tell colours (LNTL, Kim et al., 2019) on a source as fit's: SGD, momentum 0.9, weight
+    decay 5e-4, a learning rate of 0.01 falling to 0. The heads, one hidden layer at each place for each of six values, learn with
+    Adam, faster than the features change. The outputs of the two convolutions before the features are normalised in each image:
+    otherwise the reversal shrinks the features to nothing, or colours hide in averages that no single place tells.
 
     Heads learn the colours from the features, and the features learn the label and unlearn the colours, in one step.
     A pure function of its arguments on the CPU. Returns the classifier in eval mode.
