@@ -738,39 +738,38 @@ def test_the_irm_penalty_is_the_squared_derivative_by_a_dummy_scale():
     assert torch.autograd.gradcheck(lambda z: classify.irm([z, -z], [y, y], 0.3), (half.clone().requires_grad_(),))
 
 
-def test_two_colors_by_hand():
-    x = torch.full((2, 3, 4, 4), -0.5)                              # a quarter of full brightness: bin 2
-    x[0, :, 1, 1:3] = torch.tensor([-1.0, 0.0, 1.0])[:, None]       # the digit; its border is half covered
-    x[0, :, 2, 1:3] = torch.tensor([-0.75, -0.25, 0.25])[:, None]
-    assert classify.two_colors(x).tolist() == [[2, 2, 2, 0, 4, 7], [2] * 6]
+def test_brighter_channels_by_hand():
+    x = torch.full((3, 3, 4, 4), -0.5)
+    x[0, :, 1, 1:3] = torch.tensor([-1.0, 0.0, 1.0])[:, None]       # the digit: darker, brighter, brighter
+    x[0, :, 2, 1:3] = torch.tensor([-0.4, -0.6, -0.6])[:, None]     # nearer to the background
+    x[1, 0, 2, 2] = 0.0
+    assert classify.brighter_channels(x).tolist() == [0b011, 0b100, 0b000]
 
 
 def test_lntl_unlearns_along_the_reversed_gradient(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randn(2, 8, 6, 4, 4, generator=generator, dtype=torch.double)
-    bins = torch.randint(8, (2, 6), generator=generator)
-    h = torch.ones((), dtype=torch.double, requires_grad=True)                      # features that scale the scores
-    loss, gradient = classify.lntl_gradients(h * scores, bins, h)
-    p, bins = scores.softmax(dim=1), bins.view(2, 1, 6, 1, 1).expand(2, 1, 6, 4, 4)
-    assert torch.allclose(loss, -p.gather(1, bins).log().mean())
-    expected = (p * scores).sum(dim=1, keepdim=True)                                # of each prediction
-    of_loss = (expected - scores.gather(1, bins)).mean()
-    of_certainty = ((p * scores ** 2).sum(dim=1, keepdim=True) - expected ** 2).mean()      # the negative entropy's: the variance
-    assert torch.allclose(gradient, classify.LNTL_ENTROPY * of_certainty - classify.LNTL_REVERSAL * of_loss)
-    gradients = classify.lntl_gradients
-    monkeypatch.setattr(classify, "lntl_gradients", lambda *given: (gradients(*given)[0], torch.zeros_like(given[2])))
-    plain = classify.fit_lntl((*tiny_data(), 64), 1, 1)                             # nothing is unlearned
-    monkeypatch.setattr(classify, "lntl_gradients", gradients)
+    h = torch.tensor([1.0, -2.0], requires_grad=True)
+    seen = classify.reverse_gradient(h)
+    assert torch.equal(seen, h)
+    (h ** 3 + seen ** 2).sum().backward()
+    assert torch.allclose(h.grad, 3 * h.detach() ** 2 - classify.LNTL_REVERSAL * 2 * h.detach())
     unlearned = classify.fit_lntl((*tiny_data(), 64), 1, 1)
+    monkeypatch.setattr(classify, "LNTL_REVERSAL", 0.0)                             # nothing is unlearned
+    plain = classify.fit_lntl((*tiny_data(), 64), 1, 1)
     changed = [not torch.equal(a, b) for a, b in zip(plain.parameters(), unlearned.parameters())]
     assert changed == [True] * 6 + [False] * 6      # batch norm and two convolutions, but not what is behind the features
 
 
-def test_lntls_features_know_no_averages():
-    model = classify.fit_lntl((*tiny_data(), 64), 1)
-    assert not model.training
+def test_lntl_knows_no_brightness_or_contrast():
+    normalise, model = classifier = classify.fit_lntl((*tiny_data(), 64), 1)
+    assert not classifier.training
     x = cgn.to_float(tiny_data()[0])
-    assert torch.allclose(model(x), model(0.5 * x), atol=0.01)      # neither brightness nor contrast
+    gain, shift = torch.tensor([[0.5, 0.8, 2.0], [0.2, 0.0, -0.1]])[:, :, None, None]
+    assert torch.allclose(classifier(x), classifier(gain * x + shift), atol=0.01)
+    means = []
+    for layer in (model[3], model[5]):                              # of what the features' two convolutions give, in each image
+        layer[0].register_forward_hook(lambda norm, given, out: means.append(out.mean(dim=(2, 3))))
+    model.features(normalise(x))
+    assert len(means) == 2 and max(mean.abs().max() for mean in means) < 1e-4
 
 
 def test_sources_mix_in_the_stated_numbers():
@@ -789,7 +788,7 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
     assert result.returncode == 0, result.stderr
     assert re.search(r"\| original\+cgn \| \d+\.\d ± 0\.0 \| \d+\.\d ± 0\.0 \|", (tmp_path / "table-shape.md").read_text())
     rows = (tmp_path / "results.jsonl").read_text()
-    assert [json.loads(row)["steps"] for row in rows.splitlines()] == [3 * classify.IRM_STEPS["colored"], 1, 3, 3]
+    assert [json.loads(row)["steps"] for row in rows.splitlines()] == [3 * classify.IRM_STEPS["colored"], 2, 3, 3]
     assert all(0 <= json.loads(row)["test"] <= 1 for row in rows.splitlines())
     assert script(*command).returncode == 0 and (tmp_path / "results.jsonl").read_text() == rows
     one_line(script(*command, "--generator-steps", 3), "colored-gan-0", "another")     # and not the result of two steps
