@@ -58,6 +58,7 @@ IRM_STEPS = {"colored": 3, "double-colored": 3, "wildlife": 6}
 CAUSE = (0.9, 0.95, 1.0)                            # agreements of Table 5's environments (H)
 IRM_WEIGHT = 1.0            # of the penalty at the end; it rises linearly from 0 (the README has what larger ones give)
 LNTL_REVERSAL, LNTL_HEAD_LR = 30.0, 2e-3  # chosen on the validation split of double-colored; theirs: 0.1 and, of SGD, 0.01
+LNTL_VIEW = 7               # rows and columns of the features, of 14, that its head sees at once; odd
 LNTL_STEPS = 0.5            # times --steps
 BETA = 4.0                  # of the beta-VAE
 LABELS = ("shape", "foreground", "background")
@@ -197,7 +198,7 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, *, bf16: bool = False, d
     decay 5e-4, a learning rate of 0.01 falling to 0. The head, two convolutions, learns with Adam, faster than the features change.
 
     The image and the outputs of the two convolutions before the features are normalised in each image: otherwise the reversal
-    shrinks the features to nothing, or colours hide in averages that no single place tells. The head sees 7x7 places, wide
+    shrinks the features to nothing, or colours hide in averages that no single place tells. The head's view, LNTL_VIEW, is wide
     enough to tell a bright stroke from a dark gap: seen through less, a digit and its negative have the same edges.
 
     The head learns the colours from the features, and the features learn the label and unlearn the colours, in one step.
@@ -206,7 +207,7 @@ def fit_lntl(source: Source, steps: int, seed: int = 0, *, bf16: bool = False, d
     torch.manual_seed(seed)
     normalise, model = nn.InstanceNorm2d(3), Classifier()
     model[3], model[5] = (nn.Sequential(nn.InstanceNorm2d(32), nn.ReLU()) for _ in range(2))
-    head = nn.Sequential(nn.Conv2d(32, 64, 7, padding=3), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 8, 1))
+    head = nn.Sequential(nn.Conv2d(32, 64, LNTL_VIEW, padding="same"), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 8, 1))
     model, head = (network.to(device, memory_format=torch.channels_last) for network in (model, head))
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     head_optimizer = torch.optim.Adam(head.parameters(), LNTL_HEAD_LR, betas=(0.5, 0.99))
