@@ -1,28 +1,28 @@
-"""The miniature: weights for `python cgn.py --dataset imagenet --mini`, made from digits by this project's own code.
+"""The miniature: networks for `python cgn.py --dataset imagenet --mini`, and tables of the paper with them.
 
-ImageNet's thousand classes are ten digits here, photos are 32 x 32 pixels of wildlife MNIST with the drawn textures, and each
-pre-trained network of the paper is a small one, trained in minutes on a CPU:
+ImageNet's thousand classes are ten digits here, photos are wildlife MNIST with the drawn textures, and each
+pre-trained network of the paper is a small one:
 
-    teacher     BigGAN-deep, for BigGAN-deep-256: the biased training split, where a digit always wears its class's textures
+    teacher     BigGAN-deep, for BigGAN-deep-256: digits that always wear their class's textures
     saliency    U-2-Net, for U-2-Net: digits whose textures are random, and their masks
-    style       VGG16 with batch norm, for torchvision's: the labels of digit and both textures, each on its own
-    classifier  a CNN, for Inception: the labels of the biased training split; its scores give the Inception Score
+    style       VGG16 with batch norm, for torchvision's: the labels of digit and both textures, each alone
+    classifier  a CNN, for Inception: the teacher's digits; it gives the Inception Score
 
     python miniature.py teacher saliency style classifier     # writes weights/mini-*.pth
-    python miniature.py table1                                # the paper's Table 1: one loss off at a time
-    python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap of the ensemble
-    python miniature.py patches                               # appendix F: patches that follow the object's size
+    python miniature.py table1                                # Table 1: one loss off at a time
+    python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap
+    python miniature.py patches                               # appendix F: patches as large as their object
 """
 import argparse
 import itertools
-import os
-import time
+from functools import partial
 from pathlib import Path
-from typing import Callable, Optional, Sequence
+from typing import Iterator, Sequence
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.models.vgg import make_layers
 
 import biggan
@@ -31,250 +31,358 @@ import classify
 import evaluate
 import mnist_variants
 import u2net
+from run import Run, bf16_pays, check_output, command, find_device, one_process, refuse_options, save_state
 
 DATASET = "wildlife"
-NOISE = 32
-GENERATOR = ((256, 256), (256, 256), (256, 256), (256, 256), (256, 128), (128, 64))  # channels of BigGAN's blocks
-SALIENCY = ((3, 8, 16),) + ((16, 8, 16),) * 5 + ((32, 8, 16),) * 5                  # channels of U-2-Net's stages
-EMPTY = 5                   # every fifth picture for U-2-Net holds no digit: else it finds some in bare textures, and L_bg blurs these
-PACK = 2                    # images that the teacher's discriminator sees at once; with one the teacher's digits become all alike
-STYLE = (16, 32, 64, 64)                                                            # of VGG16's first four stages
-STEPS = {"teacher": 5500, "saliency": 2000, "style": 4000, "classifier": 4000}
+GENERATOR = ((256, 256),) * 4 + ((256, 128), (128, 64))             # channels of BigGAN's blocks
+SALIENCY = ((3, 8, 16),) + ((16, 8, 16),) * 5 + ((32, 8, 16),) * 5  # channels of U-2-Net's stages
+STYLE = (16, 32, 64, 64)    # channels of VGG16's first four stages
+NOISE = 32                  # dimensions of the teacher's noise, and of its class embedding
+EMPTY = 5                   # every fifth picture for U-2-Net is bare: else it finds digits in textures, and
+                            # L_bg blurs these
+TEACHER = {
+    "batch": 64,
+    "pack": 2,              # images that the discriminator sees at once; with one, digits become all alike
+    "lr": 4e-4,             # Adam's; the discriminator's is twice that
+    "noise": 0.4,           # deviation of noise on all the discriminator sees; fades to 0
+    "average": 0.999,       # decay of the average of weights that is kept
+    "log_every": 50, "saves": (500,)}
+READER = classify.METHODS["original"]
+ENSEMBLE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "smoothing": 0.2,
+            "log_every": 50, "saves": (1000,)}
+WORK = {                    # steps, and the options that mean something
+    "teacher": (5500, "mnist out runs"), "saliency": (2000, "mnist out bf16"),
+    "style": (4000, "mnist out bf16"), "classifier": (4000, "mnist out bf16"),
+    "table1": (cgn.PRESETS["mini"]["steps"], "runs bf16"), "tables34": (2000, "mnist runs bf16"),
+    "patches": (4000, "mnist bf16")}
+DRAWS = {"table1": 5000, "tables34": 20_000, "patches": 2000}       # images of each
+Args = argparse.Namespace
 
 
-def make_teacher(data: mnist_variants.Variant, steps: int, seed: int, report: Callable) -> dict:
-    """A BigGAN-deep trained on images whose three labels agree; its raw state dict, as `biggan.load` reads it."""
-    torch.manual_seed(seed)
-    model = biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE)
-    discriminator = cgn.Discriminator(channels=3 * PACK).to(memory_format=torch.channels_last)  # biggan's learns shapes slower
-    model = biggan.train(model, discriminator, data.images, data.shape, steps=steps, pack=PACK, seed=seed, report=report)
-    biggan.measure_statistics(model, seed=seed)
-    return model.state_dict()
+# ---------- the teacher
+
+def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, images: Tensor,
+                  labels: Tensor, out: Path, device: str = "cpu") -> biggan.BigGAN:
+    """Train on uint8 images (N, 3, R, R) and labels (N,) long; returns the averaged generator, for
+    `measure_statistics`.
+
+    The loss is the relativistic hinge (Jolicoeur-Martineau, 2019): real images shall lead generated ones of
+    their class by 1. discriminator(x, y) -> scores judges `pack` images of a class at once, one above the
+    other in 3 `pack` channels, and so sees where the generated ones are all alike (PacGAN; Lin et al., 2018).
+    config: as TEACHER, with steps and seed. Writes log.jsonl and checkpoint.pt into `out`, from where it can
+    continue. Raises ValueError for a batch that `pack` does not divide, and as `Run`.
+    """
+    batch, pack, steps = config["batch"], config["pack"], config["steps"]
+    if batch % pack:
+        raise ValueError(f"a batch of {batch} images is not made of packs of {pack}")
+    model, discriminator = model.to(device), discriminator.to(device)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config["average"]))
+    optimizers = [torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.99), fused=True)
+                  for network, rate in ((model, config["lr"]), (discriminator, 2 * config["lr"]))]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
+                 for optimizer in optimizers]
+    names = ("model", "average", "discriminator", "optimizer0", "optimizer1", "schedule0", "schedule1")
+    parts = dict(zip(names, (model, average, discriminator, *optimizers, *schedules)))
+    batches = draw_batches(images, labels, model.noise, batch, pack, config["seed"])
+
+    with Run(out, config, parts, images=batch) as run:
+        for step, drawn in zip(run, itertools.islice(batches, run.first, None)):
+            x, y, z, noise = (part.to(device) for part in drawn)
+            y_pack, noise = y[::pack], config["noise"] * (1 - step / steps) * noise
+            fake = model(z, y, None)
+
+            # Discriminator: real images above generated ones.
+            seen = packed(torch.cat([x, fake.detach()]) + noise, pack)
+            real_score, fake_score = discriminator(seen, y_pack.repeat(2)).chunk(2)
+            loss = cgn.discriminator_loss(real_score, fake_score, relativistic=True)
+            optimizers[1].zero_grad()
+            loss.backward()
+            run.check({"discriminator": loss}, discriminator.parameters())
+            optimizers[1].step()
+
+            # Generator: generated images above real ones.
+            discriminator.requires_grad_(False)
+            fake_score = discriminator(packed(fake + noise[batch:], pack), y_pack)
+            loss = cgn.generator_loss(real_score.detach(), fake_score, relativistic=True)
+            optimizers[0].zero_grad()
+            loss.backward()
+            run.check({"generator": loss}, model.parameters())
+            optimizers[0].step()
+            model.power_iteration()
+            discriminator.requires_grad_(True)
+            for schedule in schedules:
+                schedule.step()
+            average.update_parameters(model)
+    for _ in range(30):                             # its weights' norms are not those of the last weights
+        average.module.power_iteration()
+    return average.module
 
 
-def make_saliency(images: torch.Tensor, masks: torch.Tensor, steps: int, seed: int, report: Callable) -> dict:
-    """A U-2-Net trained on images (N, 3, 32, 32) and masks (N, 1, 32, 32), uint8; its raw state dict."""
-    torch.manual_seed(seed)
-    return u2net.train(u2net.U2Net(SALIENCY), images, masks, steps=steps, lr=3e-3, seed=seed, report=report).state_dict()
+def packed(x: Tensor, pack: int) -> Tensor:
+    """(N, 3, R, R) -> (N / pack, 3 pack, R, R)."""
+    return x.unflatten(0, (-1, pack)).flatten(1, 2)
 
 
-def make_style(data: mnist_variants.Variant, steps: int, seed: int, report: Callable) -> dict:
-    """VGG16 with batch norm up to its fourth pool, trained to read all three labels; the state dict of its features."""
-    torch.manual_seed(seed)
+def draw_batches(images: Tensor, labels: Tensor, noise: int, batch: int, pack: int, seed: int
+                 ) -> Iterator[tuple[Tensor, ...]]:
+    """For each step x (N, 3, R, R), y (N,) in packs of a class, z (N, noise), and noise for 2 N images. It is
+    one stream: a training that continues draws again, in seconds, what it has used."""
+    generator = torch.Generator().manual_seed(seed)
+    by_class, counts = labels.argsort(stable=True), labels.bincount()
+    starts = counts.cumsum(0) - counts
+    while True:
+        y = labels[torch.randint(len(labels), (batch // pack,), generator=generator)].repeat_interleave(pack)
+        place = torch.rand(batch, generator=generator, dtype=torch.double) * counts[y]
+        x = cgn.to_float(images[by_class[starts[y] + place.long()]])
+        z = biggan.truncated_noise(batch, noise, generator=generator)
+        yield x, y, z, torch.randn(2 * batch, *x.shape[1:], generator=generator)
+
+
+@torch.no_grad()
+def measure_statistics(model: biggan.BigGAN, batches: int = 10, batch: int = 100, seed: int = 0) -> None:
+    """Fill the 51 rows of every normalisation with means and variances over `batches` x `batch` draws at that
+    truncation."""
+    norms = [module for module in model.modules() if isinstance(module, biggan.BatchNorm)]
+    generator, device = torch.Generator().manual_seed(seed), next(model.parameters()).device
+    for row in range(biggan.ROWS):
+        totals = [0.0] * len(norms)
+        for _ in range(batches):
+            y = torch.randint(model.classes, (batch,), generator=generator)
+            z = biggan.truncated_noise(batch, model.noise, row / (biggan.ROWS - 1), generator=generator)
+            model(z.to(device), y.to(device), None)
+            totals = [total + torch.stack([norm.batch[0], norm.batch[1] + norm.batch[0] ** 2]) / batches
+                      for total, norm in zip(totals, norms)]
+        for norm, (mean, square) in zip(norms, totals):
+            norm.running_means[row], norm.running_vars[row] = mean, square - mean ** 2
+
+
+# ---------- saliency, style and the classifier
+
+def saliency_loss(logits: Sequence[Tensor], target: Tensor) -> Tensor:
+    """Deep supervision: binary cross-entropy of every map's logits (N, 1, H, W) with target (N, 1, H, W) in
+    [0, 1], summed. A scalar."""
+    return sum(F.binary_cross_entropy_with_logits(logit, target) for logit in logits)
+
+
+def train_saliency(model: u2net.U2Net, images: Tensor, masks: Tensor, steps: int, seed: int = 0, *,
+                   device: str = "cpu", **how) -> u2net.U2Net:
+    """Train on uint8 images (N, 3, H, W) and masks (N, 1, H, W); how: as `classify.fit`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches(step):
+        rows = torch.randint(len(images), (32,), generator=generator)
+        x, m = (part[rows].to(device).float() / 255 for part in (images, masks))
+        return u2net.normalise(x), m
+
+    def objective(model, batch, progress):
+        return saliency_loss(model.logits(batch[0]), batch[1])
+
+    return classify.fit(model, batches, objective, steps, partial(classify.adam, lr=3e-3), device=device,
+                        **how)
+
+
+def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, device: str = "cpu", **how
+                ) -> nn.Module:
+    """VGG16 with batch norm up to its fourth pool, `features`, trained to read all three labels (N, 3) of
+    uint8 images (N, 3, 32, 32); how: as `classify.fit`."""
     layout = [layer for width, count in zip(STYLE, cgn.STYLE_CONVS) for layer in [width] * count + ["M"]]
     model = nn.Sequential()
     model.features = make_layers(layout, batch_norm=True)
     model.append(nn.Flatten()).append(nn.Linear(4 * STYLE[-1], 30))
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    labels = torch.stack(data[1:], dim=1)                                           # (N, 3)
-    for step in range(steps):
-        chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(labels), size=64))
-        scores = model(u2net.normalise(data.images[chosen].float() / 255).contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(scores.unflatten(1, (3, 10)).mT, labels[chosen])     # (N, 10, 3) against (N, 3)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            report(step + 1, loss.item())
-    return {key: value for key, value in model.state_dict().items() if key.startswith("features.")}
+
+    def batches(step):
+        rows = torch.from_numpy(cgn.rng(seed, step).integers(len(labels), size=64))
+        x = u2net.normalise(images[rows].to(device).float() / 255)
+        return x.contiguous(memory_format=torch.channels_last), labels[rows].to(device)
+
+    def objective(model, batch, progress):
+        scores = model(batch[0]).unflatten(1, (3, 10)).mT                   # (N, 10, 3)
+        return F.cross_entropy(scores.float(), batch[1])
+
+    return classify.fit(model, batches, objective, steps, partial(classify.adam, lr=1e-3), device=device,
+                        **how)
 
 
-def make_classifier(data: mnist_variants.Variant, steps: int, seed: int) -> dict:
-    """The MNIST classifier, trained on images whose three labels agree; its state dict."""
-    return classify.fit([(data.images, data.shape, classify.BATCH)], steps, seed).state_dict()
-
-
-def make(what: str, out: Path, *, steps: Optional[int] = None, seed: int = 0, mnist: str = "data/mnist", bf16: bool = False) -> Path:
-    """Train one of the four networks and write its raw state dict as `out`/mini-WHAT.pth."""
-    steps, started = steps or STEPS[what], time.time()
-
-    def report(step: int, losses) -> None:
-        if step % (steps // 20 // 50 * 50 or 50) == 0:
-            print(f"{what}: step {step}/{steps}, {time.time() - started:.0f} s, {losses}", flush=True)
-
-    parts, labels = mnist_variants.load_parts(DATASET, "train", agreement=0.1 if what in ("saliency", "style") else 1.0,
-                                              seed=seed, root=mnist)
+def make(what: str, args: Args, steps: int) -> None:
+    """Train one of the four networks and write its raw state dict as args.out/mini-WHAT.pth."""
+    agreement, seed = {"saliency": 0.1, "style": 0.1}.get(what, 1.0), args.seed
+    how = {"bf16": args.bf16, "device": args.device, "report": what}
+    parts, labels = mnist_variants.load_parts(DATASET, "train", agreement, seed, root=args.mnist)
     if what == "saliency":
         parts.mask[::EMPTY] = 0
-    data = mnist_variants.Variant(mnist_variants.compose(*parts), *labels)
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):   # a cache would keep the first weights
-        if what == "teacher":
-            state = make_teacher(data, steps, seed, report)
-        elif what == "saliency":
-            state = make_saliency(data.images, parts.mask, steps, seed, report)
-        elif what == "style":
-            state = make_style(data, steps, seed, report)
-        else:
-            state = make_classifier(data, steps, seed)
-    path = out / f"mini-{what}.pth"
-    cgn.save_state(path, state)
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB after {time.time() - started:.0f} s")
-    return path
-
-
-@torch.no_grad()
-def table1(runs: Path, *, samples: int = 5000, seed: int = 0, options: Sequence[str] = ()) -> str:
-    """Table 1 as Markdown: trains a CGN with all losses, and one with each of them off, where `runs` does not hold it yet.
-
-    Writes how the mean mask of each went (appendix G) as `runs`/masks.png.
-    """
-    lines, curves = ["| losses | IS | mean mask |", "|---|---|---|"], {}
-    for off in (None, *cgn.WITHOUT):
-        out = runs / f"mini-without-{off}" if off else runs / "mini"
-        with torch.enable_grad():
-            cgn.main(["--dataset", "imagenet", "--mini", "--out", str(out), "--seed", str(seed), *options,
-                      *(("--without", off) if off else ())])
-        model = cgn.load(out / "checkpoint.pt")
-        u, y, _ = cgn.draw_training(model, seed, range(samples), model.truncation)
-        classifier = cgn.read_classifier(biggan.find_weights(cgn.WEIGHTS / cgn.MINI["inception"]))
-        score = cgn.inception_score(model, classifier, samples, model.truncation, seed)
-        area = torch.cat([model.saliency(model.f_shape(u_k, y_k, model.truncation)).mean(dim=(1, 2, 3))
-                          for u_k, y_k in zip(u.split(500), y.split(500))])
-        name, rows = f"without {off}" if off else "all", cgn.read_lines(out / "log.jsonl")[1:]
-        shown = {*(2 ** k for k in range(12)), model.step}
-        curves[name] = [(row["step"], 100 * row["mask_mean"]) for row in rows if "mask_mean" in row and row["step"] in shown]
-        lines.append(f"| {name} | {score:.2f} | {100 * area.mean():.1f} ± {100 * area.std():.1f} % |")
-    classify.save_curves(runs / "masks.png", curves, "mean mask in % against updates, with one loss off (Table 1)")
-    return "\n".join(lines)
-
-
-Parts = tuple[list[torch.Tensor], torch.Tensor]     # masks, foregrounds, backgrounds, uint8, and their labels (3, N)
-
-
-def draw_parts(model: cgn.ImagenetCGN, count: int, seed: int, batch: int = 100) -> Parts:
-    """The mechanisms' outputs of `count` counterfactuals, one a shape; masks are rounded, as digits have hard edges here."""
-    parts, labels = [], []
-    for start in range(0, count, batch):
-        sample, y = cgn.counterfactual_batch(model, seed, range(start, min(start + batch, count)), per_shape=1,
-                                             truncation=model.truncation)
-        parts.append((255 * (sample.mask > 0.5).byte(), cgn.to_uint8(sample.foreground), cgn.to_uint8(sample.background)))
-        labels.append(y)
-    return [torch.cat(part) for part in zip(*parts)], torch.cat(labels, dim=1)
-
-
-def train_ensemble(out: Path, real: mnist_variants.Variant, made: Optional[Parts], steps: int, seed: int, bf16: bool = False
-                   ) -> classify.Ensemble:
-    """Three heads on counterfactuals and as few real images as `classify` mixes in, or without counterfactuals one head on
-    real ones. Each counterfactual joins a mask, a foreground and a background that were drawn at random from those `made`."""
+    images = mnist_variants.compose(*parts)
     torch.manual_seed(seed)
-    model = classify.Ensemble(classify.Classifier(), 3 if made else 1)
-    config = {"steps": steps, "seed": seed, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "bf16": bf16,
-              "milestones": [steps // 2, 3 * steps // 4], "smoothing": 0.2, "save_every": 1000}
-    share = classify.REAL_SHARE["cgn"] if made else classify.BATCH
+    if what == "teacher":
+        config = {"steps": steps, "seed": seed, **TEACHER}
+        networks = (biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE),
+                    cgn.Discriminator(channels=3 * config["pack"]).to(memory_format=torch.channels_last))
+        model = train_teacher(config, *networks, images, labels[0], args.runs / "mini-teacher", args.device)
+        measure_statistics(model, seed=seed)
+    elif what == "saliency":
+        model = train_saliency(u2net.U2Net(SALIENCY), images, parts.mask, steps, seed, **how)
+    elif what == "style":
+        model = train_style(images, torch.stack(labels, dim=1), steps, seed, **how)
+    else:
+        model = classify.train(READER, [(images, labels[0], classify.BATCH)], steps, seed, **how)
+    state, path = model.cpu().state_dict(), args.out / f"mini-{what}.pth"
+    save_state(path, {key: state[key] for key in state if what != "style" or key.startswith("features.")})
+    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
 
-    def real_images(first: int):
+
+# ---------- Tables 1, 3 and 4
+
+def table1(args: Args, steps: int) -> dict[str, dict]:
+    """Table 1: a CGN with all losses, and one without each, trained where args.runs does not hold it; the
+    sheets there show what each has lost."""
+    network = cgn.find_network(cgn.PRESETS["mini"]["inception"])
+    network, rows = classify.read_classifier(network).to(args.device), {}
+    for off in (None, *cgn.WITHOUT):
+        out = args.runs / (f"mini-without-{off}" if off else "mini")
+        cgn.main(["--dataset=imagenet", "--mini", f"--out={out}", f"--seed={args.seed}", f"--steps={steps}",
+                  f"--device={args.device}", *["--bf16"] * args.bf16, *([f"--without={off}"] if off else ())])
+        model = cgn.load(out / "checkpoint.pt").to(args.device)
+        # Measured on other draws than those of the training, which have the training's seed.
+        row = classify.table1_row(model, network, DRAWS["table1"], args.seed + 1)
+        rows[f"without {off}" if off else "all"] = row
+    return rows
+
+
+def draw_parts(model: cgn.CGN, count: int, seed: int) -> tuple[list[Tensor], Tensor]:
+    """Masks, foregrounds and backgrounds (N, ..) uint8 of counterfactuals, and their labels (3, N). Masks are
+    rounded, as digits have hard edges."""
+    (m, f, b, *_), labels = cgn.counterfactual_batch(model, seed, range(count), per_shape=1, at_once=100)
+    return [part.cpu() for part in (255 * (m > 0.5).byte(), cgn.to_uint8(f), cgn.to_uint8(b))], labels
+
+
+def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | None, out: Path,
+                   device: str = "cpu") -> classify.Ensemble:
+    """Three heads on counterfactuals and a few real images, or one head on real ones. A counterfactual joins
+    three random parts of those `made`, see `draw_parts`. config: as ENSEMBLE, with steps, milestones, seed,
+    bf16."""
+    seed, share = config["seed"], classify.METHODS["original+cgn" if made else "original"].batch["real"]
+    torch.manual_seed(seed)
+    model = classify.Ensemble(classify.Classifier(), 3 if made else 1).to(device)
+
+    def real_images(first):
         for step in itertools.count(first):
-            chosen = torch.from_numpy(cgn.rng(seed, step).integers(len(real.images), size=share))
-            yield real.images[chosen].float() / 255, real.shape[chosen]
+            rows = torch.from_numpy(cgn.rng(seed, step).integers(len(real.images), size=share))
+            yield real.images[rows].float() / 255, real.shape[rows]
 
-    def counterfactuals(first: int):
-        parts, labels = made
+    def counterfactuals(first):
+        (parts, labels), size = made, (3, classify.BATCH - share)
         for step in itertools.count(first):
-            chosen = torch.from_numpy(cgn.rng(seed + 1000, step).integers(labels.shape[1], size=(3, classify.BATCH - share)))
-            m, f, b = (part[rows].float() / 255 for part, rows in zip(parts, chosen))
-            yield cgn.compose(m, f, b), torch.stack([y[rows] for y, rows in zip(labels, chosen)], dim=1)
+            rows = torch.from_numpy(cgn.rng(seed + 1000, step).integers(labels.shape[1], size=size))
+            m, f, b = (part[chosen].float() / 255 for part, chosen in zip(parts, rows))
+            yield cgn.compose(m, f, b), labels.gather(1, rows).T
 
-    classify.train_ensemble(config, model, real_images, counterfactuals if made else None, out)
+    classify.train_ensemble(config, model, real_images, counterfactuals if made else None, out, device)
     return model.eval()
 
 
 @torch.no_grad()
-def tables34(runs: Path, *, seed: int = 0, steps: int = 2000, count: int = 20_000, mnist: str = "data/mnist",
-             bf16: bool = False) -> str:
-    """Tables 3 and 4 as Markdown, from `count` counterfactuals of the CGN in `runs`/mini: shape bias, and accuracy on the test
-    split, whose digits no network has seen, with textures that agree (mixed-same) and with any background (mixed-rand)."""
-    if not (runs / "mini" / "checkpoint.pt").exists():
-        raise ValueError(f"{runs / 'mini' / 'checkpoint.pt'} is missing: python miniature.py table1 makes it")
-    model = cgn.load(runs / "mini" / "checkpoint.pt")
-    real = mnist_variants.load(DATASET, "train", seed=seed, root=mnist)
-    sets = {name: mnist_variants.load(DATASET, "test", agreement=agreement, seed=seed, root=mnist) for name, agreement in
-            (("mixed_same", mnist_variants.MIXED_SAME), ("mixed_rand", mnist_variants.MIXED_RAND),
-             ("cue-conflict", mnist_variants.CUE_CONFLICT))}
-    rows = {}
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        drawn = draw_parts(model, count, seed)
-    for name, made in (("real", None), ("real + CGN", drawn)):
+def tables34(args: Args, steps: int) -> dict[str, dict]:
+    """Tables 3 and 4, with the CGN in args.runs/mini: shape bias, and accuracy on the test split, whose
+    digits no network has seen, in agreeing textures (mixed-same) and with any background (mixed-rand). Rows
+    of the ensemble, of each head, and of the two whose BG-Gap the authors measure."""
+    checkpoint, device, rows = args.runs / "mini" / "checkpoint.pt", args.device, {}
+    if not checkpoint.exists():
+        raise ValueError(f"{checkpoint} is missing: python miniature.py table1 makes it")
+    model = cgn.load(checkpoint).to(device)
+    load = partial(mnist_variants.load, DATASET, seed=args.seed, root=args.mnist)
+    real, sets = load("train"), {kind: load("test", agreement=getattr(mnist_variants, kind.upper()))
+                                 for kind in ("mixed_same", "mixed_rand", "cue_conflict")}
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
+        drawn = draw_parts(model, DRAWS["tables34"], args.seed)
+    config = {**ENSEMBLE, "steps": steps, "milestones": [steps // 2, 3 * steps // 4], "seed": args.seed,
+              "bf16": args.bf16}
+    heads = {"": [0, 1, 2], "/shape": [0], "/texture": [1], "/background": [2], "/shape + texture": [0, 1]}
+    for name, made, kinds in ("real", None, {"": [0]}), ("real+CGN", drawn, heads):
+        source = {"made": [model.sha256, DRAWS["tables34"]]} if made else {}
         with torch.enable_grad():
-            ensemble = train_ensemble(runs / f"mini-{name.replace(' ', '')}", real, made, steps, seed, bf16)
-        scores = {key: torch.cat([ensemble(u2net.normalise(part.float() / 255)) for part in data.images.split(500)])
-                  for key, data in sets.items()}
-        for number, head in enumerate(cgn.MECHANISMS if made else ()):
-            rows[f"{name}/{head}"] = {key: score[:, number].argmax(dim=1) for key, score in scores.items()}
-        if made:                            # the authors' BG-Gap is that of these two heads
-            rows[f"{name}/shape + texture"] = {key: score[:, :2].mean(dim=1).argmax(dim=1) for key, score in scores.items()}
-        rows[name] = {key: score.mean(dim=1).argmax(dim=1) for key, score in scores.items()}
-    lines = ["| trained on | shape bias | mixed-same | mixed-rand | BG-Gap |", "|---" * 5 + "|"]
-    for name, found in rows.items():
-        conflict = sets["cue-conflict"]
-        bias = evaluate.shape_bias(*(list(map(str, part.tolist())) for part in (found["cue-conflict"], conflict.shape, conflict.foreground)))
-        top = {key: evaluate.accuracy(found[key], sets[key].shape) for key in ("mixed_same", "mixed_rand")}
-        lines.append(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in (bias, *top.values(), evaluate.bg_gap(top))) + " |")
-    return "\n".join(lines)
+            ensemble = train_ensemble({**config, **source}, real, made, args.runs / f"mini-{name}", device)
+        scores = {kind: torch.cat([ensemble(u2net.normalise(part.to(device).float() / 255)).cpu()
+                                   for part in data.images.split(500)]) for kind, data in sets.items()}
+        for head, some in kinds.items():
+            found = {kind: score[:, some].mean(dim=1).argmax(dim=1) for kind, score in scores.items()}
+            top = {kind: evaluate.accuracy(found[kind], sets[kind].shape) for kind in sets}
+            conflict = found["cue_conflict"], sets["cue_conflict"].shape, sets["cue_conflict"].foreground
+            rows[name + head] = {"shape bias": evaluate.shape_bias(*(part.tolist() for part in conflict)),
+                                 "mixed-same": top["mixed_same"], "mixed-rand": top["mixed_rand"],
+                                 "BG-Gap": evaluate.bg_gap(top)}
+    return rows
 
+
+# ---------- appendix F, and the command
 
 @torch.no_grad()
-def patches(*, samples: int = 2000, steps: int = 4000, seed: int = 0, mnist: str = "data/mnist", bf16: bool = False) -> str:
-    """Appendix F as Markdown: patch grids of digits in two sizes, with patches of one side and with some that follow the size.
+def patches(args: Args, steps: int) -> dict[str, dict]:
+    """Appendix F: patch grids of digits in two sizes, of patches of one side and of some by the digit's size.
 
-    How much of a grid is object (the rest is background that f would learn), and how often a reader, trained on real digits in
-    random textures, finds the object's label in the grid, seen through the whole digit.
-    """
-    train = mnist_variants.load(DATASET, "train", agreement=0.1, seed=seed, root=mnist)
+    How much of a grid is object (the rest is background that f would learn), and how often a reader, trained
+    on digits in random textures, finds the texture's label in it, seen through the whole digit. """
+    load = {"seed": args.seed, "root": args.mnist}
+    train = mnist_variants.load(DATASET, "train", agreement=0.1, **load)
     with torch.enable_grad():
-        reader = classify.fit([(train.images, train.foreground, classify.BATCH)], steps, seed, bf16=bf16)
-    (mask, *textures), labels = mnist_variants.load_parts(DATASET, "val", seed=seed, root=mnist)
-    mask, (f, b), label = mask[:samples], (cgn.to_float(part[:samples]) for part in textures), labels[1][:samples]
-    draws, side = torch.rand(len(mask), cgn.PATCHES ** 2, generator=torch.Generator().manual_seed(seed)), cgn.MINI["patch"]
-    whole = mask.float() / 255
-    lines = ["| digits | patches | object in the grid | texture's label read |", "|---" * 4 + "|"]
+        reader = classify.train(READER, [(train.images, train.foreground, classify.BATCH)], steps, args.seed,
+                                bf16=args.bf16, device=args.device, report="reader")
+    parts, (_, label, _) = mnist_variants.load_parts(DATASET, "val", **load)
+    mask, f, b, label = (part[:DRAWS["patches"]] for part in (*parts, label))
+    f, b, side, rows = cgn.to_float(f), cgn.to_float(b), cgn.PRESETS["mini"]["patch"], {}
+    draws = torch.rand(len(mask), cgn.PATCHES ** 2, generator=torch.Generator().manual_seed(args.seed))
     for name, margin in (("whole", 0), ("half as high", mnist_variants.SIZE // 4)):
         m = F.pad(F.interpolate(mask, mnist_variants.SIZE - 2 * margin), (margin,) * 4).float() / 255
-        relative = cgn.relative_patch(m, side)
-        for kind, patch in ((f"{side} pixels", side), (f"{relative.float().mean():.1f} pixels, by size", relative)):
-            grid, share = (cgn.patch_grid(x, m, draws, patch) for x in (cgn.compose(m, f, b), m.expand(-1, 3, -1, -1)))
-            found = torch.cat([reader(part).argmax(dim=1) for part in cgn.compose(whole, grid, b).split(500)])
-            lines.append(f"| {name} | {kind} | {100 * share.mean():.1f} % | {100 * evaluate.accuracy(found, label):.1f} % |")
-    return "\n".join(lines)
+        by_size = cgn.relative_patch(m, side)
+        for patch, pixels in (side, f"{side}"), (by_size, f"by size, {by_size.float().mean():.1f}"):
+            grid, share = (cgn.patch_grid(x, m, draws, patch)
+                           for x in (cgn.compose(m, f, b), m.expand(-1, 3, -1, -1)))
+            shown = cgn.compose(mask.float() / 255, grid, b).to(args.device)
+            found = torch.cat([reader(part).argmax(dim=1).cpu() for part in shown.split(500)])
+            rows[f"{name}, {pixels} pixels"] = {"object in the grid": share.mean().item(),
+                                                "texture's label read": evaluate.accuracy(found, label)}
+    return rows
+
+
+TABLES = {"table1": table1, "tables34": tables34, "patches": patches}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Make the miniature's weights.")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("what", nargs="+", choices=(*STEPS, "table1", "tables34", "patches"), help="networks to train, or a table to make")
-    parser.add_argument("--steps", type=int, help=f"training steps (default: {STEPS}, table1 as cgn.py --mini)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mnist", default="data/mnist", help="folder of MNIST's four .gz files (default: %(default)s)")
-    parser.add_argument("--out", default="weights", help="folder of the networks (default: %(default)s)")
-    parser.add_argument("--runs", default="runs", help="folder of the trained CGNs (default: %(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 where that is safe")
-    parser.add_argument("--threads", type=int, help="CPU threads, at most one a CPU (default: torch's choice)")
+    parser = argparse.ArgumentParser(description="Make the miniature's networks, and tables with them.")
+    add = parser.add_argument
+    add("what", nargs="+", choices=WORK, help="networks to train, or tables to print")
+    add("--steps", type=int, help=f"default: {', '.join(f'{name} {WORK[name][0]}' for name in WORK)}")
+    add("--seed", type=int, default=0, help="default: 0")
+    add("--mnist", help="folder of MNIST's four .gz files (default: data/mnist)")
+    add("--out", type=Path, help="folder of the networks (default: weights)")
+    add("--runs", type=Path, help="folder of longer trainings (default: runs)")
+    add("--bf16", action="store_true", help="bfloat16 where that is safe")
+    add("--device", help="cpu, cuda, .. (default: a GPU where there is one)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
     return parser
 
 
-def main(argv: Optional[list[str]] = None) -> None:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        for name in ("steps", "threads"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
-        if args.threads:
-            torch.set_num_threads(min(args.threads, os.cpu_count()))
-        args.bf16 = cgn.bf16_pays(args.bf16, "cpu")
-        for what in args.what:
-            if what in STEPS:
-                make(what, Path(args.out), steps=args.steps, seed=args.seed, mnist=args.mnist, bf16=args.bf16)
-            elif what == "table1":
-                print(table1(Path(args.runs), seed=args.seed, options=[f"--{name}={getattr(args, name)}" for name in
-                             ("steps", "threads") if getattr(args, name)] + ["--bf16"] * args.bf16))
-            elif what == "tables34":
-                print(tables34(Path(args.runs), seed=args.seed, steps=args.steps or 2000, mnist=args.mnist, bf16=args.bf16))
-            else:
-                print(patches(seed=args.seed, steps=args.steps or 4000, mnist=args.mnist, bf16=args.bf16))
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+def main(argv: list[str] | None = None) -> None:
+    command(build_parser(), _main, argv)
+
+
+def _main(args: Args) -> None:
+    one_process("the miniature")
+    known = {word for what in args.what for word in WORK[what][1].split()}
+    refuse_options(args, {"what", "steps", "seed", "device", "threads", *known}, " and ".join(args.what))
+    if args.steps is not None and args.steps < 1:
+        raise ValueError(f"--steps {args.steps}: must be at least 1")
+    args.mnist, args.out = args.mnist or mnist_variants.ROOT, args.out or cgn.WEIGHTS
+    args.runs, args.device = args.runs or classify.RUNS, find_device(args.device)
+    args.bf16 = bf16_pays(args.bf16, args.device)
+    for what in args.what:
+        if what not in TABLES:
+            check_output(args.out / f"mini-{what}.pth")
+    for what in args.what:
+        steps = args.steps or WORK[what][0]
+        print(f"{what}: {steps} steps on {args.device}", flush=True)
+        if what in TABLES:
+            evaluate.print_table(what, TABLES[what](args, steps))
+        else:
+            make(what, args, steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,422 @@
+"""A training that can be stopped, killed and continued exactly; and the few things every script of this
+project does alike.
+
+    with Run(folder, config, {"model": model, "optimizer": optimizer}) as run:
+        for step in run:                                    # from where the checkpoint ended
+            loss = ...                                      # its random numbers depend on seed and step alone
+            loss.backward()
+            run.check({"loss": loss}, model.parameters())   # one mean over processes, one finite check
+            optimizer.step()
+
+The folder then holds log.jsonl, a line of JSON each for the configuration and the logged steps, and
+checkpoint.pt. Needs torch and numpy, and nothing else of this project. """
+import argparse
+import ast
+import difflib
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import zipfile
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
+
+import numpy as np
+import torch
+import torch.distributed as distributed
+
+try:
+    import fcntl
+except ImportError:                 # Windows, where run folders are not locked
+    fcntl = None
+
+
+# --------------------------------------------------------------------------------------------------- the run
+
+class Stopped(KeyboardInterrupt):
+    """The process was asked to stop; its step and its checkpoint are finished."""
+
+
+class Run:
+    """A training in a folder; see the head of this file.
+
+    config: a dict for JSON. A folder that holds a run of another one is refused, but for the keys in `free`,
+    which change no result. The run ends at config["steps"], logs every config["log_every"] steps, and saves
+    at the steps config["saves"] and at multiples of the last of them; then sheet(step), if given, draws and
+    says where. parts: what the checkpoint holds, by name, each with state_dict and load_state_dict. images:
+    of a step, for the progress line. SIGINT and SIGTERM end the step, save, and raise Stopped; once more, and
+    they stop at once. In a process group (torchrun) each process calls it with its own share of the data; the
+    first one writes. Raises ValueError, OSError. """
+
+    def __init__(self, folder: Path, config: dict, parts: dict, *, free: Sequence[str] = (),
+                 sheet: Optional[Callable[[int], object]] = None, images: int = 0):
+        self.folder, self.config, self.parts, self.free = Path(folder), config, parts, free
+        self.sheet, self.images, self.row, self.asked, self.stop = sheet, images, {}, False, False
+        self.note = lambda images_per_second: ""            # more for the progress line
+        self.rank, self.ranks = rank_and_world()
+
+    def __enter__(self) -> "Run":
+        if self.rank == 0:
+            self._lock()
+        self.first = self._continue()
+        self.started = self.printed = time.time()
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:      # as SIGINT is in the background
+                    self.handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        if self.rank == 0:
+            self.lock.close()
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        if self.rank == 0:
+            print("\nstopping after this step, with its checkpoint; once more stops at once", flush=True)
+
+    def _lock(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file: choose another --out, for a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / ".lock", "w")
+        try:
+            if fcntl:                                               # the system unlocks when the process ends
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.lock.close()
+            raise ValueError(f"{self.folder} is in use by another process: choose another --out") from None
+
+    def _continue(self) -> int:
+        """Load the checkpoint, if there is one, and return its step; the first process of a group before the
+        others."""
+        if self.ranks == 1:
+            return self._load()
+        for turn in (0, 1):
+            if (self.rank > 0) == turn:
+                first = self._load()
+            distributed.barrier()
+        found = [None] * self.ranks
+        distributed.all_gather_object(found, first)
+        if len(set(found)) > 1:
+            raise ValueError(f"the processes find checkpoints of steps {', '.join(map(str, found))} in "
+                             f"{self.folder}: it must be a folder that all of their machines share")
+        return first
+
+    def _load(self) -> int:
+        path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
+        rows, state = read_lines(log), read_checkpoint(path, mmap=False) if path.exists() else None
+        asked = json.loads(json.dumps(self.config))
+        for held in (*rows[:1], *([json.loads(json.dumps(state["config"]))] if state else ())):
+            changed = [key for key in {**asked, **held} if held.get(key) != asked.get(key)]
+            changed = [key for key in changed if key not in self.free]
+            if changed:
+                raise ValueError(f"{self.folder} holds a run with another {', '.join(changed)}: choose "
+                                 "another --out, or the same options to continue it")
+        step = state["step"] if state else 0
+        for name, part in self.parts.items() if state else ():
+            part.load_state_dict(state[name])
+        if self.rank == 0:
+            kept = [row for row in rows[1:] if row.get("step", 0) <= step]
+            write_file(log, "".join(json.dumps(row) + "\n" for row in (self.config, *kept)).encode())
+            if state:
+                print(f"continuing {self.folder} at step {step}", flush=True)
+        return step
+
+    def __iter__(self) -> Iterator[int]:
+        if self.first == 0 and 0 in self.config["saves"]:
+            self._draw(0)
+        self.started = self.printed = time.time()
+        for self.step in range(self.first, self.config["steps"]):
+            self.row = {}
+            yield self.step
+            self._end(self.step + 1)
+
+    def check(self, losses: dict[str, torch.Tensor], parameters: Iterable[torch.Tensor]) -> None:
+        """Between backward and optimizer. Makes gradients and losses (scalars by name, which are logged)
+        means over the processes. Raises ValueError where one is not finite, before any step is taken. It
+        waits once for the device."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        found = [loss.detach().float() for loss in losses.values()]
+        found = torch.stack([*found, found[0].new_tensor(float(self.asked))])
+        if self.ranks > 1:
+            for tensor in (*gradients, found):
+                distributed.all_reduce(tensor)
+                tensor /= self.ranks
+        norm = torch.nn.utils.get_total_norm(gradients).float()
+        *values, asked, norm = torch.cat([found, norm[None]]).tolist()
+        named = {**dict(zip(losses, values)), "gradient": norm}
+        wrong = [name for name, value in named.items() if not np.isfinite(value)]
+        if wrong:
+            raise ValueError(f"step {self.step + 1}: {', '.join(wrong)} not finite; the last checkpoint is "
+                             "kept: try a smaller learning rate")
+        self.row.update(zip(losses, values))
+        self.stop = asked > 0                                       # the same in all processes
+
+    def _end(self, done: int) -> None:
+        last, self.stop = done == self.config["steps"], self.stop or (self.asked and self.ranks == 1)
+        due = last or self.stop or is_due(done, self.config["saves"])
+        if self.rank == 0:
+            rate = (done - self.first) / (time.time() - self.started)
+            if due or done % self.config["log_every"] == 0:
+                row = {"step": done, **self.row, "steps_per_second": float(f"{rate:.3g}")}
+                append_row(self.folder / "log.jsonl", row)
+            if due:
+                save_state(self.folder / "checkpoint.pt", {"config": self.config, "step": done, **{
+                    name: part.state_dict() for name, part in self.parts.items()}})
+            self.tell(done)
+            if due:
+                self._draw(done)
+        if self.stop:
+            raise Stopped(f"stopped after step {done}; the same command continues")
+
+    def _draw(self, step: int) -> None:
+        if self.rank == 0 and self.sheet:
+            began = time.time()
+            print(f"{_return()}step {step}: {self.sheet(step)}", flush=True)
+            self.started += time.time() - began                     # the rate is that of steps
+
+    def tell(self, done: float) -> None:
+        """Print how far the run is: over the same line on a terminal, elsewhere after 10 seconds and each
+        minute. For long steps: done may lie within one."""
+        now, steps, first = time.time(), self.config["steps"], self.printed <= self.started
+        if self.rank or done < steps and now - self.printed < (0.5 if _return() else 10 if first else 60):
+            return
+        self.printed, rate = now, (done - self.first) / (now - self.started)
+        left = (steps - done) / rate
+        text = f"step {done:.4g}/{steps}  {rate:.3g} steps/s"
+        if self.images:
+            text += f" = {rate * self.images:.3g} images/s{self.note(rate * self.images)}"
+        if torch.cuda.is_initialized():
+            text += f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+        text += f"  {left / 3600:.1f} h left" if left > 5400 else f"  {left / 60:.1f} min left"
+        text += "".join(f"  {name} {value:.3g}" for name, value in self.row.items())
+        print(_return() + text, end="" if _return() else "\n", flush=True)
+
+
+def is_due(step: int, marks: Sequence[int]) -> bool:
+    """Whether a step is one of the marks, or a multiple of the last of them."""
+    return step in marks or step % marks[-1] == 0
+
+
+def _return() -> str:
+    return "\r" if sys.stdout.isatty() else ""
+
+
+# ----------------------------------------------------------------------------------------- files of a run
+
+def read_checkpoint(path: Union[str, os.PathLike], mmap: bool = True, other: bool = False) -> dict:
+    """The dict in a checkpoint of `Run`, or of any file of torch.save with `other`. Nothing in it can run
+    code.
+
+    mmap: memory-mapped where the format allows; a file that will be replaced must not be (Windows). Raises
+    ValueError. """
+    try:
+        mmap = mmap and zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if isinstance(state, dict) and (other or isinstance(state.get("config"), dict)
+                                        and isinstance(state.get("step"), int)):
+            return state
+        reason = "it holds something else"
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist: train first, as python cgn.py does") from None
+    except Exception as error:              # whatever a hostile or broken file makes the reader raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights" in reason.lower():     # torch's advice to read it all the same is not repeated
+            reason = "it is damaged, or holds more than tensors and could run code"
+    raise ValueError(f"{path} is no checkpoint ({reason}): name the checkpoint.pt of a run")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines; none where there is no file. ValueError where a line is no such
+    object."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else ()):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            rows.append(None)
+        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step", 0), int):
+            raise ValueError(f"{path}, line {number + 1}, is damaged: remove that line")
+    return rows
+
+
+def append_row(path: Path, row: dict) -> None:
+    """Append a line of JSON, all of it or nothing. Raises OSError."""
+    line = (json.dumps(row) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            if file.write(line) < len(line):                # a disk that is nearly full takes a part
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(f"{path} could not be written ({error.strerror}): make room; what was there is intact"
+                      ) from None
+
+
+def save_state(path: Path, state: dict) -> None:
+    """torch.save, atomically. Raises OSError."""
+    write_file(path, partial(torch.save, state))
+
+
+def write_file(path: Union[str, os.PathLike], content: Union[bytes, Callable]) -> None:
+    """Write bytes, or what content(file) writes, under a temporary name, then rename: `path` holds the old
+    content or the new, never half of it. Raises OSError."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:                # torch.save raises the latter for a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): make room or choose another --out; what was "
+                      "there is intact") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------- devices and processes
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number in its group and the group's size; 0, 1 without one."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def join_group(device: Optional[str]) -> str:
+    """Join the other processes where torchrun has started this one, each with a GPU of its own, before any
+    device is touched; returns the device to use, see `find_device`."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return find_device(device)
+    if device in (None, "auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        backend = "nccl" if device and device.startswith("cuda") else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(hours=6))     # while one fetches or draws
+    return find_device(device)
+
+
+def one_process(what: str) -> None:
+    """Raises ValueError under torchrun, for what several processes would do over one another."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"{what} runs in one process: start it without torchrun")
+
+
+def find_device(name: Optional[str] = None) -> str:
+    """The device of that name; auto or None: cuda where there is one, else cpu. Raises ValueError where it is
+    not here."""
+    if name in (None, "auto"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception:                       # each kind of device has errors of its own
+        raise ValueError(f"--device {name}: torch finds no such device here: choose cpu") from None
+    if name.startswith("cuda"):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif name == "cpu" and torch.cuda.is_available():
+        print("computing on the CPU; there is a GPU, which is faster: leave --device off")
+    return name
+
+
+def bf16_pays(wanted: bool, device: str) -> bool:
+    """Whether to compute in bfloat16: if it is `wanted`, but not on a CPU that only emulates it, where a
+    convolution takes ten times as long as in float32; then a line says so."""
+    if not wanted:
+        return False
+    if device.startswith("cuda"):
+        pays = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        pays = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if not pays:
+        print(f"--bf16: this {device} has no bfloat16 instructions; float32 is faster here, and used")
+    return pays
+
+
+# ----------------------------------------------------------------------------------------------- scripts
+
+def command(parser: argparse.ArgumentParser, main: Callable, argv: Optional[list[str]] = None) -> None:
+    """Run main(args). What a user can mend is one line on stderr and exit code 2; Ctrl-C is one line and
+    130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):      # a console that cannot show a character shows another
+            stream.reconfigure(errors="replace")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(str(message).split())}\n")
+    args = parser.parse_args(argv)
+    try:
+        if getattr(args, "seed", None) is not None and not 0 <= args.seed < 2 ** 63:
+            raise ValueError(f"--seed {args.seed}: must be in 0..2^63 - 1")
+        if args.threads is not None:
+            if args.threads < 1:
+                raise ValueError(f"--threads {args.threads}: must be at least 1")
+            torch.set_num_threads(min(args.threads, os.cpu_count()))
+        main(args)
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: give a smaller --batch, or another --device")
+    except RuntimeError as error:
+        parser.error(lost_process(error))
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except KeyboardInterrupt as stop:
+        parser.exit(130, f"\n{str(stop) or 'stopped'}\n")
+
+
+def lost_process(error: RuntimeError) -> str:
+    """What to say where another process of the group has ended; other errors are raised again."""
+    if not distributed.is_initialized() or not re.search("onnection|NCCL|gloo|pipe", str(error)):
+        raise error
+    return (f"another process of the run has ended ({str(error).splitlines()[0]}); the last checkpoint is "
+            "kept: the same command continues")
+
+
+def refuse_options(args: argparse.Namespace, meaningful: Iterable[str], what: str) -> None:
+    """Raises ValueError for an option that was given (its default is None) and means nothing for `what`."""
+    for name, value in vars(args).items():
+        if value not in (None, False) and name not in meaningful:
+            raise ValueError(f"--{name.replace('_', '-')} means nothing for {what}: leave it off")
+
+
+def override(config: dict, values: Optional[Sequence[str]]) -> None:
+    """Set config[name] for each "name=value", with the type that it has. Raises ValueError for what does not
+    fit."""
+    for text in values or ():
+        name, _, value = text.partition("=")
+        if name not in config:
+            near = difflib.get_close_matches(name, config, 1) or [", ".join(config)]
+            raise ValueError(f"--set {text}: there is no {name!r}: did you mean {near[0]}?")
+        old = config[name]
+        try:
+            new = value if isinstance(old, str) else ast.literal_eval(value)
+            if type(old)(new) != new:
+                raise ValueError
+            config[name] = type(old)(new)
+        except (ValueError, TypeError, SyntaxError):
+            raise ValueError(f"--set {text}: a value like {old!r} is needed") from None
+
+
+def check_output(path: Union[str, os.PathLike], *inputs: Union[str, os.PathLike]) -> Path:
+    """The path of a file to be written, before the work: its folder is made. Raises ValueError for an input's
+    path and for a folder or a device, OSError where the folder cannot be made."""
+    path = Path(path)
+    if path.resolve() in [Path(file).resolve() for file in inputs if file]:
+        raise ValueError(f"--out {path} is what is read: choose another name")
+    if path.exists() and not path.is_file() or path.parent.is_file():
+        raise ValueError(f"--out {path} is no file, or in none: choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
