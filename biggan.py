@@ -251,7 +251,8 @@ class BigGAN(nn.Module):
         weight, image = out.weight()[:3], out.bias[:3, None, None]
         for part in (slice(first, first + step) for first in range(0, last.channels, step)):
             seen = bn(last.join(x, h, part), None, truncation, channels=part)
-            image = image + F.conv2d(seen, weight[:, part], padding=1)
+            with torch.autocast(x.device.type, enabled=False):      # bfloat16 would round what is seen
+                image = image + F.conv2d(seen.to(weight.dtype), weight[:, part], padding=1)
         return torch.tanh(image)
 
     def embed(self, y: Tensor) -> Tensor:

@@ -199,7 +199,8 @@ def generator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Te
 def gram(h: Tensor) -> Tensor:
     """Gram matrices (N, C, C) of feature maps (N, C, H, W), divided by C H W (Johnson et al., 2016)."""
     h = _at_least_float(h).flatten(2)
-    return h @ h.mT / h[0].numel()
+    with torch.autocast(h.device.type, enabled=False):
+        return h @ h.mT / h[0].numel()
 
 
 def _at_least_float(x: Tensor) -> Tensor:
@@ -415,6 +416,13 @@ def class_weights(y: Tensor, classes: int) -> Tensor:
     return torch.zeros(len(y), classes, device=y.device).scatter_(1, y.long()[:, None], 1.0)
 
 
+def in_float(layer: nn.Module, h: Tensor) -> Tensor:
+    """layer(h) outside of bfloat16: before a sigmoid its rounding makes masks of exactly 0 and 1, without
+    gradient."""
+    with torch.autocast(h.device.type, enabled=False):
+        return layer(h.to(layer.weight.dtype))
+
+
 class ShapeMechanism(nn.Module):
     """f_shape: u (N, Z), y -> mask (N, 1, 32, 32) in [0, 1].
 
@@ -434,7 +442,7 @@ class ShapeMechanism(nn.Module):
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
         h = self.body(self.start(u, y))                                     # (N, 24, 32, 32)
-        return torch.sigmoid(self.out(h)) * self.interior                   # (N, 1, 32, 32) in [0, 1]
+        return torch.sigmoid(in_float(self.out, h)) * self.interior         # (N, 1, 32, 32) in [0, 1]
 
 
 class TextureMechanism(nn.Module):
@@ -455,7 +463,7 @@ class TextureMechanism(nn.Module):
         h = self.start(u, y).flatten(2)                                     # (N, 64, 100)
         h = h.gather(2, arrangement[:, None].expand_as(h)).unflatten(2, (CELLS, CELLS))
         h = self.body(h.contiguous(memory_format=torch.channels_last))      # (N, 16, 34, 34)
-        return torch.tanh(self.out(h))                                      # (N, 3, 32, 32)
+        return torch.tanh(in_float(self.out, h))                            # (N, 3, 32, 32)
 
 
 class MnistCGN(CGN):
@@ -507,7 +515,7 @@ class MnistGAN(MnistCGN):
         return u.new_ones(len(u), 1, self.resolution, self.resolution), None
 
     def texture(self, u: Tensor, y: Tensor, arrangement: Tensor) -> Tensor:
-        return torch.tanh(self.out(self.body(self.start(u, y))))
+        return torch.tanh(in_float(self.out, self.body(self.start(u, y))))
 
     def background(self, u: Tensor, y: Tensor, arrangement: Tensor) -> Tensor:
         return u.new_zeros(len(u), 3, self.resolution, self.resolution)

@@ -126,7 +126,8 @@ class U2Net(nn.Module):
             up.append(h)
         sides = [resize(getattr(self, f"side{number}")(h), x, self.align_corners)
                  for number, h in enumerate(up[::-1], 1)]
-        return [self.outconv(torch.cat(sides, dim=1)), *sides]
+        with torch.autocast(x.device.type, enabled=False):      # bfloat16 would make masks of 0 and 1
+            return [self.outconv(torch.cat(sides, dim=1).to(self.outconv.weight.dtype)), *sides]
 
     def freeze(self) -> "U2Net":
         """Fold the batch norms into convolutions, in place; eval mode, no gradients for weights."""
