@@ -536,9 +536,8 @@ class Ensemble(nn.Module):
         super().__init__()
         name, last = [pair for pair in network.named_modules() if isinstance(pair[1], nn.Linear)][-1]
         network.set_submodule(name, nn.Identity())
-        new = classes not in (0, last.out_features)
-        self.heads = nn.ModuleList(nn.Linear(last.in_features, classes) if new else copy.deepcopy(last)
-                                   for _ in range(heads))
+        self.heads = nn.ModuleList(nn.Linear(last.in_features, classes or last.out_features)
+                                   for _ in range(heads))                           # new (authors' code)
         self.backbone, self.frozen = network, frozen
 
     def forward(self, x: Tensor) -> Tensor:
@@ -554,13 +553,13 @@ class Ensemble(nn.Module):
 
 
 def ensemble_loss(real: Tensor, y: Tensor, made: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy of real images' averaged scores (N, heads, C) with y (N,), and of each head's scores
-    of counterfactuals (M, heads, C) with its own label (M, heads), every image counting alike. A scalar."""
-    losses = [F.cross_entropy(real.mean(dim=1), y, reduction="sum", label_smoothing=smoothing)]
+    """The authors' sum of mean cross-entropies: of real images' averaged scores (N, heads, C) with y (N,),
+    and of each head's scores of counterfactuals (M, heads, C) with its own label (M, heads). A scalar."""
+    loss = F.cross_entropy(real.mean(dim=1), y, label_smoothing=smoothing)
     if len(labels):
         own = F.cross_entropy(made.mT, labels, reduction="none", label_smoothing=smoothing)
-        losses.append(own.mean(dim=1).sum())
-    return sum(losses) / (len(y) + len(labels))
+        loss = loss + own.mean(dim=0).sum()
+    return loss
 
 
 def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual: Callable | None, out: Path,
@@ -671,7 +670,8 @@ def drawn_pictures(model, first, batch, side, seed, per_shape, share):
     for step in itertools.count(first):
         part = range(step * batch, (step + 1) * batch)[share]
         sample, labels = cgn.counterfactual_batch(model, seed, part, per_shape)
-        yield F.interpolate((sample.image + 1) / 2, (side, side), mode="bilinear", antialias=True), labels.T
+        yield torch.stack([crop_and_flip((x + 1) / 2, side, seed, 2 ** 36 + index)
+                           for index, x in zip(part, sample.image)]), labels.T
 
 
 def judged_picture(paths, side, crop, skip, index):
