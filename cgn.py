@@ -54,7 +54,8 @@ import u2net
 from run import (Run, bf16_pays, check_output, command, find_device, join_group, one_process, override,
                  rank_and_world, read_checkpoint, refuse_options, save_state)
 
-WEIGHTS, RUNS = Path(__file__).parent / "weights", Path(__file__).parent / "runs"
+HERE = Path(__file__).parent       # of all default paths
+WEIGHTS, RUNS = HERE / "weights", HERE / "runs"
 MECHANISMS = ("shape", "texture", "background")
 
 
@@ -1278,7 +1279,7 @@ def find_networks(names: Sequence[str]) -> list[Path]:
     what is there and what is not. Raises one ValueError that names all that cannot be had."""
     rank, ranks = rank_and_world()
     if rank == 0:
-        table = Path(__file__).with_name("weights.txt")
+        table = HERE / "weights.txt"
         lines = table.read_text().splitlines() if table.exists() else ()
         listed = {row[0]: row for row in (line.split(" | ") for line in lines) if len(row) == 6}
         for name in names:
@@ -1350,7 +1351,7 @@ def _sample(args: argparse.Namespace, drawings: list[str]) -> None:
 def _data_set(args: argparse.Namespace, model: CGN, _: str) -> None:
     pictures = model.resolution > mnist_variants.SIZE or args.parts
     default = "counterfactuals" if pictures else "counterfactuals.pt"
-    out, count, at_once = Path(args.out or default), args.counterfactuals, args.batch or 10
+    out, count, at_once = Path(args.out or HERE / default), args.counterfactuals, args.batch or 10
     per_shape = 10 if args.per_shape is None else args.per_shape
     preview = check_output(out.with_name(f"{out.stem}-preview.png"), args.checkpoint)
     few = counterfactuals(model, min(count, 100) // 10 * 10 or count, args.seed, per_shape, at_once).images
@@ -1371,7 +1372,7 @@ def _data_set(args: argparse.Namespace, model: CGN, _: str) -> None:
 
 def _sheet(args: argparse.Namespace, model: CGN, what: str = "sheet") -> None:
     one_process(f"--{what}")
-    path, names = check_output(args.out or f"{what}.png", args.checkpoint), class_names(model)
+    path, names = check_output(args.out or HERE / f"{what}.png", args.checkpoint), class_names(model)
     if what == "sheet":
         labels = torch.linspace(0, model.classes - 1, min(model.classes, 10)).long().tolist()
         class_sheet(model, labels, names, path, args.seed, plain=1)

@@ -14,12 +14,14 @@ and together from real images (4.3, C.4). Its predictions are a table, which eva
     python classify.py --checkpoint runs/ensemble/checkpoint.pt --say photo.jpg         # Figure 1's sentence
 """
 import argparse
+import atexit
 import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -698,6 +700,16 @@ class Items(partial):
 def ignore_signals(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Those that an error has left: they ignore the SIGTERM by which Python ends them when it exits."""
+    left = [worker for worker in multiprocessing.active_children() if worker.daemon]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # their end is no news
+    for worker in left:
+        worker.kill()
 
 
 @contextlib.contextmanager

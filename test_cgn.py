@@ -2583,6 +2583,12 @@ def test_a_run_continues_whatever_changes_no_result(pictures, tmp_path, monkeypa
         classify_refused(ensemble_options(pictures, out, **change), *change)
 
 
+def test_workers_that_are_left_behind_do_not_keep_the_process():
+    code = "import classify; kept = classify.Items(float).ahead(range(99), 1); next(kept); print('end')"
+    result = process("-c", code)
+    assert result.returncode == 0 and result.stdout == "end\n" and not result.stderr, result
+
+
 def test_a_worker_that_fails_or_dies_is_one_line(pictures, tmp_path, monkeypatch):
     import multiprocessing
     normalise, calls = u2net.normalise, []
