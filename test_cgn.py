@@ -1291,8 +1291,8 @@ def test_sheets_are_drawn_at_the_marks_at_multiples_of_the_last_and_after_the_ch
         drawn.append((step, (tmp_path / "checkpoint.pt").exists() and toy_state(tmp_path)[0]))
         return "sheet.png"
 
-    toy_run(tmp_path, steps=9, sheet=sheet, config={"saves": (0, 1, 4)})
-    assert drawn == [(0, False), (1, 1), (4, 4), (8, 8), (9, 9)]
+    toy_run(tmp_path, steps=9, sheet=sheet, config={"saves": (0, 2, 4)})
+    assert drawn == [(0, False), (2, 2), (4, 4), (8, 8), (9, 9)]
 
 
 def test_a_row_is_appended_whole_or_not_at_all_and_a_damaged_one_is_named(tmp_path):
@@ -1393,7 +1393,8 @@ def test_a_name_with_a_value_overrides_with_the_type_that_is_there():
 
 def test_an_output_is_no_input_no_folder_and_its_place_is_made_first(tmp_path):
     folder = tmp_path / "new"
-    assert run.check_output(folder / "a.png") == folder / "a.png" and folder.is_dir()
+    for path in (folder / "deep" / "a.png", folder / "a.png"):
+        assert run.check_output(path) == path and path.parent.is_dir()
     for path in (folder, Path("/dev/null"), folder / ".." / "b.png"):
         with pytest.raises(ValueError, match="choose another name"):
             run.check_output(path, tmp_path / "b.png")
