@@ -160,7 +160,8 @@ def color_loss(images: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
     y (N,) long, target (C, 3): the squared difference of means, averaged over the classes with two images or
     more. Estimated from pairs of different images, (|sum d|^2 - sum |d|^2) / (n (n - 1)), so that colours of
-    a class may differ at no cost. """
+    a class may differ at no cost.
+    """
     d = images.mean(dim=(2, 3)) - target[y]                                 # (N, 3)
     zero, count = torch.zeros_like(target), y.bincount(minlength=len(target))       # (C, 3), (C,)
     squares = zero.index_add(0, y, d).square() - zero.index_add(0, y, d.square())
@@ -229,7 +230,8 @@ def patch_grid(x: Tensor, m: Tensor, draws: Tensor, patch: int | Tensor = 15
     highest, scaled to x's size. No gradient passes.
 
     draws (N, 36) in [0, 1) choose among the places whose mean mask is within 0.05 of the best; patch: the
-    side of all, or of each image's (N,). Raises ValueError for a patch that is no pixel or larger than x. """
+    side of all, or of each image's (N,). Raises ValueError for a patch that is no pixel or larger than x.
+    """
     if isinstance(patch, Tensor):
         grids = torch.empty_like(x)
         for side in patch.unique().tolist():
@@ -261,7 +263,8 @@ def imagenet_losses(model: "ImagenetCGN", m: Tensor, f: Tensor, b: Tensor,
     y; style: see StyleFeatures; draws (N, 36): see `patch_grid`; relative: see `relative_patch`. A term is
     computed when the one before has been used, so that two graphs never need memory at once. DEVIATION:
     patches of L_text come from x_gt (authors' code), not from x_gen, whose textures they would smooth ever
-    more: enlarging the grid blurs it. """
+    more: enlarging the grid blurs it.
+    """
     m, f, b = (_at_least_float(part) for part in (m, f, b))
 
     def style_loss(image: Tensor, target: Tensor) -> Tensor:
@@ -312,6 +315,11 @@ def draw_arrangement(generator: np.random.Generator, count: int, shuffle: str) -
     return puzzle.transpose(0, 1, 2, 4, 3, 5).reshape(count, 2, -1)
 
 
+def normal(generator: np.random.Generator, *shape: int) -> Tensor:
+    """Standard normal numbers of that shape, float."""
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
+
+
 def draw_truncated(generator: np.random.Generator, count: int, noise: int, truncation: float) -> Tensor:
     """(count, noise): a standard normal cut at -2 and 2, times the truncation."""
     return biggan.truncated_noise(count, noise, truncation, seed=int(generator.integers(2 ** 63)))
@@ -327,14 +335,15 @@ class CGN(nn.Module):
     parts.
 
     A subclass has `classes`, `noise` (dimensions of u), `resolution`, and the mechanisms `shape`, `texture`,
-    `background`. """
+    `background`.
+    """
 
     truncation = 1.0                # of ImageNet's noise and statistics; may be set
     independent = True              # whether shape and texture have labels of their own
 
     def draw(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """One image's u (3, Z), labels y (3,) and arrangement (2, cells) of the textures' cells."""
-        u = torch.from_numpy(generator.standard_normal((3, self.noise), dtype=np.float32))
+        u = normal(generator, 3, self.noise)
         y = torch.from_numpy(generator.integers(self.classes, size=3))
         return u, y, self.arrange(generator, 1)[0]
 
@@ -347,7 +356,8 @@ class CGN(nn.Module):
         background) -> Sample.
 
         arrangement (N, 2, cells) long; None draws one by torch's global generator. Raises ValueError for a
-        label outside 0..C-1 and for shapes that do not fit. """
+        label outside 0..C-1 and for shapes that do not fit.
+        """
         (u_1, u_2, u_3), (y_1, y_2, y_3) = triple(u), triple(y)
         if arrangement is None:
             arrangement = self.arrange(rng(int(torch.randint(2 ** 31, ())), 0), len(u_1))
@@ -371,7 +381,8 @@ class Up(nn.Module):
     border effects.
 
     Nearest-neighbour upsampling and a 3 x 3 convolution, as one 4 x 4 transposed convolution: equal, in half
-    the time. """
+    the time.
+    """
 
     def __init__(self, i: int, o: int, padding: int):
         super().__init__()
@@ -429,7 +440,8 @@ class ShapeMechanism(nn.Module):
 
     The outermost `margin` pixels are 0 by construction: they show the background mechanism's output alone.
     Without this and the `color_loss` of b, nothing in the paper's losses keeps foreground and background from
-    swapping roles for some classes. """
+    swapping roles for some classes.
+    """
 
     def __init__(self, classes: int, margin: int):
         super().__init__()
@@ -452,7 +464,8 @@ class TextureMechanism(nn.Module):
     100 cells are made, rearranged at random, and decoded by convolutions without padding: no place in the
     picture differs from another, and no shape larger than a patch can be learned, since the next draw would
     break it. DEVIATION: the paper rearranges just before the output layer. Here convolutions follow, which
-    close the seams. """
+    close the seams.
+    """
 
     def __init__(self, classes: int):
         super().__init__()
@@ -549,7 +562,8 @@ class ImagenetCGN(CGN):
 
     Of 256 x 256 pixels and 1,000 classes, or as large as the given generators are. raw: feed U-2-Net [-1, 1],
     as the authors do. U-2-Net runs in channels last, which is faster on a CPU; the generators gain nothing by
-    it and take more memory. """
+    it and take more memory.
+    """
 
     def __init__(self, f_shape: biggan.BigGAN, f_text: biggan.BigGAN, f_bg: biggan.BigGAN,
                  saliency: u2net.U2Net, raw: bool = False):
@@ -589,7 +603,8 @@ class StyleFeatures(nn.ModuleList):
 
     Built from torchvision's state dict of vgg16_bn, or of a narrower one; other entries are left aside,
     nothing else of the network is made. Batch norms are folded into the convolutions. Raises ValueError where
-    the dict does not fit. """
+    the dict does not fit.
+    """
 
     def __init__(self, state: dict):
         super().__init__()
@@ -634,7 +649,8 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
     Writes log.jsonl, checkpoint.pt and labelled sheets into `out`; continues from the checkpoint that lies
     there. Every random number of step i comes from rng(seed, i), so a continued run is the uninterrupted one,
     bit for bit on the CPU. Raises ValueError where `out` holds a run of another configuration, or something
-    is not finite. """
+    is not finite.
+    """
     batch, relativistic = config["batch"], config["relativistic"]
     parts = adversaries(config, device)
     model, average, discriminator, optimizer_g, optimizer_d, *schedules = parts.values()
@@ -696,10 +712,6 @@ def adversaries(config: dict, device: str) -> dict:
                  for o in optimizers]
     return {"model": model, "average": average, "discriminator": discriminator, "optimizer0": optimizers[0],
             "optimizer1": optimizers[1], "schedule0": schedules[0], "schedule1": schedules[1]}
-
-
-def normal(generator: np.random.Generator, *shape: int) -> Tensor:
-    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
 def part_losses(config: dict, sample: Sample, y: Tensor, step: int, color: Tensor,
@@ -770,7 +782,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     a group if there is one; spectral norms take one power iteration an update, so that the result does not
     depend on how it is cut. Writes log.jsonl, checkpoint.pt (no frozen network in it) and sheets into `out`;
     continues from there. Raises ValueError where `out` holds a run of another configuration, or something is
-    not finite. """
+    not finite.
+    """
     rank, ranks = rank_and_world()
     if config["accumulate"] % ranks:
         raise ValueError(f"{config['accumulate']} images an update cannot be spread over {ranks} processes")
@@ -848,7 +861,8 @@ def load(source: str | os.PathLike, saliency: str | os.PathLike | None = None) -
     saliency: the file of U-2-Net, where it is not where an ImageNet checkpoint says. `.config` is its run's
     configuration, `.truncation` that of the noise it was trained on, `.sha256` the file's. Raises ValueError
     for a file that is none, or does not fit its configuration. The authors trained theirs with U-2-Net fed
-    [-1, 1] and align_corners=True: so it is run. """
+    [-1, 1] and align_corners=True: so it is run.
+    """
     state = read_checkpoint(source, other=True)
     if any(str(key).startswith(("f_shape.", "module.f_shape.")) for key in state):      # the authors', flat
         parts = {"config": {"model": "imagenet", "authors": True}, "step": 0}
@@ -894,7 +908,8 @@ def draw(model: CGN, seed: int, indices: range, per_shape: int = 1
 
     Image i takes them from rng(seed, i); the shape's u and label come from the first image of its group of
     `per_shape` (section 2.2: fix u, draw the other mechanisms again; 1 gives interventional images, section
-    2.3). """
+    2.3).
+    """
     drawn = [model.draw(rng(seed, index)) for index in indices]
     u, y, arrangement = (torch.stack(part, dim=dim) for part, dim in zip(zip(*drawn), (1, 1, 0)))
     for place, index in enumerate(indices):
@@ -931,7 +946,8 @@ def counterfactuals(model: CGN, count: int, seed: int = 0, per_shape: int = 10, 
 
     A pure function of (weights, seed, index): image i does not depend on `count`, nor, to float error, on
     `at_once`. From a GAN, which has no mechanisms, they are plain samples, and the three labels agree.
-    ValueError for a count below 1. """
+    ValueError for a count below 1.
+    """
     check_counts(count, per_shape)
     images = torch.empty(count, 3, model.resolution, model.resolution, dtype=torch.uint8)
     labels = torch.empty(3, count, dtype=torch.long)
@@ -954,7 +970,8 @@ def write_counterfactuals(model: CGN, out: Path, count: int, seed: int = 0, per_
     parts: of mask, foreground and background, what is written as well: 00000000-mask.png and so on. Processes
     with RANK and WORLD_SIZE in their environment (torchrun) share the work, and need not meet; what an
     interrupted run has written is not made again. Raises ValueError for a count or per_shape below 1 and for
-    a folder of other settings. """
+    a folder of other settings.
+    """
     check_counts(count, per_shape)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     settings = {"seed": seed, "per_shape": per_shape, "truncation": model.truncation, "bf16": bf16,

@@ -9,7 +9,8 @@ project does alike.
             optimizer.step()
 
 The folder then holds log.jsonl, a line of JSON each for the configuration and the logged steps, and
-checkpoint.pt. Needs torch and numpy, and nothing else of this project. """
+checkpoint.pt. Needs torch and numpy, and nothing else of this project.
+"""
 import argparse
 import ast
 import difflib
@@ -52,7 +53,8 @@ class Run:
     says where. parts: what the checkpoint holds, by name, each with state_dict and load_state_dict. images:
     of a step, for the progress line. SIGINT and SIGTERM end the step, save, and raise Stopped; once more, and
     they stop at once. In a process group (torchrun) each process calls it with its own share of the data; the
-    first one writes. Raises ValueError, OSError. """
+    first one writes. Raises ValueError, OSError.
+    """
 
     def __init__(self, folder: Path, config: dict, parts: dict, *, free: Sequence[str] = (),
                  sheet: Optional[Callable[[int], object]] = None, images: int = 0):
@@ -221,7 +223,8 @@ def read_checkpoint(path: Union[str, os.PathLike], mmap: bool = True, other: boo
     code.
 
     mmap: memory-mapped where the format allows; a file that will be replaced must not be (Windows). Raises
-    ValueError. """
+    ValueError.
+    """
     try:
         mmap = mmap and zipfile.is_zipfile(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
