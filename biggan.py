@@ -1,19 +1,16 @@
 """BigGAN-deep (Brock, Donahue & Simonyan, ICLR 2019; appendix B): the generator, from its released weights.
 
-One file that turns a raw state dict, as released for ImageNet at 128, 256 and 512 pixels by the port of
-DeepMind's modules (huggingface/pytorch-pretrained-BigGAN), into a network; other widths, depths and numbers
-of classes are read from the dict as well. Submodules have the names of the released keys.
+Made from a raw state dict, as huggingface/pytorch-pretrained-BigGAN released them (DeepMind's, for ImageNet
+at 128, 256 and 512 pixels), or one of other widths, depths and classes. Submodules are named as its keys.
 
     python biggan.py --classes 207,ostrich --truncation 0.5 --out sheet.png
 
-Every weight is stored with the two vectors of its spectral norm: `load(.., frozen=False)` trains it as it
-was trained, `load(..)` divides once and for all. Normalisation uses stored statistics, row i for truncation
-i / 50.
+Every weight comes with two vectors that estimate its spectral norm: `load(.., frozen=False)` trains it as it
+was trained, `load(..)` divides once and for all. Statistics for normalisation: row i for truncation i / 50.
 """
 import argparse
 import contextlib
 import hashlib
-import os
 import sys
 import tempfile
 import urllib.request
@@ -37,7 +34,7 @@ WEIGHTS = "biggan-deep-256-pytorch_model.bin"
 
 class Normed(nn.Module):
     """A weight divided by its largest singular value (Miyato et al., 2018), estimated as u^T W v; and a bias.
-    `fold` divides once and for all. For `held` see BigGAN."""
+    For `held` see BigGAN."""
 
     def __init__(self, *shape, bias=True):
         super().__init__()
@@ -62,13 +59,14 @@ class Normed(nn.Module):
 
     @torch.no_grad()
     def power_iteration(self):
-        """One step of u and v towards the largest singular value's vectors."""
+        """One step of u and v towards the largest singular value's."""
         matrix = self.weight_orig.flatten(1)
         self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=EPSILON))
         self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=EPSILON))
 
     @torch.no_grad()
     def fold(self):
+        """Divide once and for all."""
         if not self.folded:
             self.weight_orig.div_(self.norm())
             self.folded = True
@@ -81,8 +79,8 @@ class Linear(Normed):
 
 
 class Conv(Normed):
-    """k x k convolution, odd k, same size; `double` upsamples by nearest neighbour first. A large map is
-    doubled and convolved at once, with 4/9 of the multiplications."""
+    """k x k convolution, odd k, same size; `double` upsamples by nearest neighbour first: of a large map at
+    once, with 4/9 of the multiplications."""
 
     def __init__(self, i, o, k, bias=True, double=False):
         super().__init__(o, i, k, k, bias=bias)
@@ -113,8 +111,8 @@ def doubling_kernel(weight: Tensor) -> Tensor:
 
 
 class BatchNorm(nn.Module):
-    """Normalisation by a truncation's statistics (None: the batch's, kept in `batch`), a scale and an offset,
-    linear in the condition if there is one, and ReLU: one multiply-add an element."""
+    """Normalisation by a truncation's statistics (None: the batch's, kept in `batch`), scale and offset,
+    linear in the condition if there is one, and ReLU."""
 
     def __init__(self, channels, condition):
         super().__init__()
@@ -146,7 +144,7 @@ class BatchNorm(nn.Module):
 
 
 def _row(rows, truncation):
-    """Statistics (C,) for a truncation: a row of (51, C), or the line between two."""
+    """Statistics (C,) for a truncation: a row of (51, C), or between two."""
     position = truncation * (ROWS - 1)
     nearest = round(position)
     if abs(position - nearest) < 1e-6:      # 0.28 * 50 is 14.000000000000002
@@ -155,7 +153,7 @@ def _row(rows, truncation):
 
 
 class Block(nn.Module):
-    """Residual block with a bottleneck (figure 16a): (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W)."""
+    """Figure 16a's residual block: (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W)."""
 
     def __init__(self, i, o, condition, double):
         super().__init__()
@@ -176,7 +174,7 @@ class Block(nn.Module):
         return self.bn_3(h, condition, truncation)
 
     def join(self, x, h, channels=ALL):
-        """The block's input x and h, which `residual` made of it -> its output, or some channels of it."""
+        """The block's input x and `residual`'s h -> its output, or some channels of it."""
         h, x = self.conv_3(h, channels), x[:, :self.channels][:, channels]
         if torch.is_grad_enabled():
             return h + (twice(x) if self.double else x)
@@ -207,8 +205,8 @@ class Attention(nn.Module):
 
 
 class BigGAN(nn.Module):
-    """The generator. `blocks`: channels in and out of each residual block, every second one doubles the 4 x 4
-    pixels of the start; `attention`: the number of blocks before the attention, None for none."""
+    """The generator. `blocks`: channels in and out of each residual block, of which every second doubles the
+    size, at first 4 x 4; `attention`: the number of blocks before it, None for none."""
 
     def __init__(self, blocks: list[tuple[int, int]], attention: int | None = None, classes: int = 1000,
                  noise: int = 128, embedding: int = 128):
@@ -227,9 +225,8 @@ class BigGAN(nn.Module):
     def forward(self, z: Tensor, y: Tensor, truncation: float | None = 1.0) -> Tensor:
         """z (N, noise), y labels (N,) long or class weights (N, classes) float -> (N, 3, R, R) in [-1, 1].
 
-        truncation, 0.02..1 or None, selects statistics; z is taken as it is (see `truncated_noise`). Raises
-        ValueError for another truncation, a class that is not there, and what is no tensor of these shapes.
-        """
+        truncation, 0.02..1 or None, selects statistics. Raises ValueError for other truncations, classes and
+        shapes. For z see `truncated_noise`."""
         if truncation is not None and not 0.02 <= truncation <= 1:
             raise ValueError(f"truncation {truncation} is not in 0.02..1")
         if not isinstance(z, Tensor) or z.shape[1:] != (self.noise,):
@@ -243,8 +240,8 @@ class BigGAN(nn.Module):
         for layer in layers:
             x = layer(x) if isinstance(layer, Attention) else layer(x, condition, truncation)
 
-        # The last block's maps are the largest: without a gradient a few channels at a time do. Of the last
-        # convolution three do, since the others are not seen.
+        # The last block's maps are the largest: without a gradient a few channels at a time do, and of the
+        # last convolution three.
         whole = truncation is None or torch.is_grad_enabled()
         h, step = last.residual(x, condition, truncation), last.channels if whole else 16
         bn, out = self.generator["bn"], self.generator["conv_to_rgb"]
@@ -278,8 +275,8 @@ class BigGAN(nn.Module):
 
     @contextlib.contextmanager
     def held(self):
-        """Divide by the spectral norms once for many batches before one optimiser step. Images are the same,
-        and at the end gradients. Raises ValueError inside another `held`, and for a frozen network."""
+        """Divide by the spectral norms once for many batches before one optimiser step, with the same images
+        and, at the end, gradients. Raises ValueError inside another `held`, and for a frozen network."""
         norms = self.norms()
         if any(norm.folded or norm.held is not None for norm in norms):
             raise ValueError("the spectral norms are frozen or held already")
@@ -288,11 +285,9 @@ class BigGAN(nn.Module):
             norm.held = quotient.detach().requires_grad_()
         try:
             yield self
-            for norm in norms:
-                quotient, gradient = quotients.pop(0), norm.held.grad
-                norm.held = None
-                if gradient is not None:
-                    quotient.backward(gradient)
+            for norm, quotient in zip(norms, quotients):
+                if norm.held.grad is not None:
+                    quotient.backward(norm.held.grad)
         finally:
             for norm in norms:
                 norm.held = None
@@ -313,23 +308,20 @@ def truncated_noise(count: int, dimensions: int = 128, truncation: float = 1.0, 
 
 # ---------- loading
 
-def load(source: str | os.PathLike | dict, *, frozen: bool = True) -> BigGAN:
-    """A BigGAN from a raw state dict or the path of one; resolution, widths and classes are read from it.
-
-    frozen: eval mode, norms folded, no gradients; else ready to be trained further. Raises ValueError that
-    names, in one line, what is missing, unexpected, misshapen or not finite.
-    """
+def load(source: str | Path | dict, *, frozen: bool = True) -> BigGAN:
+    """A BigGAN from a raw state dict or the path of one; frozen: eval mode, norms folded, no gradients.
+    Raises ValueError that names, in one line, what is missing, unexpected, misshapen or not finite."""
     own = isinstance(source, dict)  # then the caller's tensors stay as they are
     state, name = read_state(source), "the state dict" if own else source
     for key, value in state.items():
         stored = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and (
-            0 < value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+            0 < value.nbytes <= value.untyped_storage().nbytes())
         if not stored or not value.is_floating_point() or not isinstance(key, str):
             raise ValueError(f"{name}: {key} is no dense tensor of floating-point numbers, all stored")
         state[key] = value = value.detach().to(torch.float, copy=own or not value.is_contiguous())
-        finite = torch.isfinite(value.sum()) or torch.isfinite(value).all()
-        if not finite or key.endswith("running_vars") and (value < 0).any():
-            raise ValueError(f"{name}: {key} holds values that are not finite, or negative variances")
+        low, high = value.aminmax()
+        if not -torch.inf < low <= high < torch.inf or key.endswith("running_vars") and low < 0:
+            raise ValueError(f"{name}: {key} is not finite, or holds negative variances")
     with torch.device("meta"):
         model = _build(state, name)
     try:
@@ -339,21 +331,18 @@ def load(source: str | os.PathLike | dict, *, frozen: bool = True) -> BigGAN:
     return model.freeze() if frozen else model
 
 
-def read_state(source: str | os.PathLike | dict, mmap: bool = True) -> dict:
-    """A new raw state dict from one or from a file, in which nothing can run code, without {"state_dict": ..}
+def read_state(source: str | Path | dict, mmap: bool = True) -> dict:
+    """A new raw state dict from one or from a file, of which nothing is run, without {"state_dict": ..}
     around it or DataParallel's `module.` before its keys. Raises ValueError if there is none.
-
-    mmap: if its format allows, tensors stay in the file till they are used. Not for a file to be replaced.
-    """
+    mmap: tensors stay in the file till they are used, if its format allows; not for a file to be replaced."""
     try:
         state = source
         if not isinstance(source, dict):
-            with warnings.catch_warnings(), open(source, "rb"):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 mmap = mmap and zipfile.is_zipfile(source)  # not before torch 1.6
                 state = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-        if isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
+        state = state.get("state_dict", state)
         parallel = all(isinstance(key, str) and key.startswith("module.") for key in state)
         return {key[7:] if parallel else key: value for key, value in state.items()}
     except Exception as error:  # whatever a hostile or broken file makes the reader raise
@@ -365,7 +354,7 @@ def _build(state, name):
     """The network that fits the shapes of a raw dict."""
     def shape(key, dimensions):
         if key not in state or state[key].ndim != dimensions:
-            raise ValueError(f"{name} is no BigGAN-deep: it lacks {key}, or its shape is another")
+            raise ValueError(f"{name} is no BigGAN-deep: it lacks {key} of {dimensions} dimensions")
         return state[key].shape
 
     embedding, classes = shape("embeddings.weight", 2)
@@ -380,9 +369,9 @@ def _build(state, name):
     return BigGAN(blocks, attention, classes, noise, embedding)
 
 
-def find_weights(path: str | os.PathLike) -> Path:
-    """The path of weights, for a bare name in weights/; fetched first where absent and listed in weights.txt,
-    beside this file. Raises ValueError for weights that are not to be had or have another SHA-256."""
+def find_weights(path: str | Path) -> Path:
+    """The path of weights, for a bare name in weights/; fetched where absent and listed in weights.txt beside
+    this file. Raises ValueError for what is not to be had or has another SHA-256."""
     path, table = Path(path), Path(__file__).with_name("weights.txt")
     if path.parent == Path(".") and not path.exists():
         path = table.parent / "weights" / path.name
@@ -412,7 +401,7 @@ def find_weights(path: str | os.PathLike) -> Path:
 # ---------- command line
 
 def class_numbers(text: str, classes: int) -> dict[int, str]:
-    """Numbers, or names of ImageNet's 1,000 classes, with commas -> {number: name}. ValueError for others."""
+    """Numbers, or names of ImageNet's 1,000 classes, with commas -> {number: name}; ValueError for others."""
     names = []
     if classes == 1000:
         from torchvision.models import ResNet50_Weights  # 170 MB
@@ -429,7 +418,7 @@ def class_numbers(text: str, classes: int) -> dict[int, str]:
 
 @torch.no_grad()
 def save_sheet(model: BigGAN, chosen: dict[int, str], count: int, truncation: float, seed: int, path: Path):
-    """A PNG: a row a class, its name to the left of `count` draws; a column has one noise in every row."""
+    """A PNG: a row a class, its name to the left of `count` draws; a column shares its noise."""
     z, device = truncated_noise(count, model.noise, truncation, seed), model.embeddings.weight.device
     labels, font = [f"{number} {name}" for number, name in chosen.items()], ImageFont.load_default(14)
     left, size = 12 + max(int(font.getlength(label)) for label in labels), model.resolution + 2
@@ -452,14 +441,13 @@ def build_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {' '.join(message.split())}\n")
     add = parser.add_argument
-    add("--classes", default="0,1,2,3", help="numbers or names of ImageNet, with commas")
+    add("--classes", default="0,1,2,3", help="numbers or ImageNet's names, with commas")
     add("--truncation", type=float, default=0.5, help="0.02, alike and typical, to 1, varied")
     add("--count", type=int, default=4, help="images a class")
     add("--seed", type=int, default=0)
     add("--out", default=here / "sheet.png", help="PNG to write")
     add("--weights", default=here / "weights" / WEIGHTS, help="raw state dict of any size")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
-    add("--device", default="auto", help="cuda, mps or cpu; auto is the first that is here")
+    add("--device", default="auto", help="cuda, mps or cpu; auto: the first here")
     add("--dry-run", action="store_true", help="a tiny random network; nothing is kept")
     return parser
 
@@ -467,14 +455,13 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     if not 1 <= args.count <= 100:
         raise ValueError(f"--count {args.count} is not in 1..100")
-    torch.set_num_threads(min(max(args.threads, 1), os.cpu_count()))
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = gpu if args.device == "auto" else args.device
     if device not in (gpu, "cpu"):
         raise ValueError(f"--device {device} is not here: choose {gpu} or cpu")
-    out, listed = Path(args.out).resolve(), Path(__file__).parent / "weights" / args.weights
-    known = (Path(args.weights).resolve(), listed.resolve())
-    if out.suffix.lower() != ".png" or out in known or out.exists() and not out.is_file():
+    out, shelf = Path(args.out).resolve(), Path(__file__).parent / "weights"
+    weights = [Path(args.weights).resolve(), (shelf / args.weights).resolve()]
+    if out.suffix.lower() != ".png" or out in weights or out.exists() and not out.is_file():
         raise ValueError(f"--out {out}: choose a PNG to write, no folder or device, and not --weights")
     if not args.dry_run:
         out.parent.mkdir(parents=True, exist_ok=True)

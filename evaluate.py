@@ -11,8 +11,8 @@ A table is a CSV file in UTF-8 with a row a picture, as classify.py writes it. I
     file         the picture (or imagename); cue conflict's names tell shape and texture
     label        a whole number, for ImageNet-9 0..8; counterfactuals have "shape label", "texture label" and
                  "background label" instead, each for the prediction of its name
-    variation    of ImageNet-9 only: mixed_same, mixed_rand, ..
-    PREDICTIONS  any of these: the best classes (up to five), spaces between, or a category's name
+    variation    of ImageNet-9: mixed_same, mixed_rand, ..
+    PREDICTIONS  any of these: the best classes (up to five), spaces between, or a category
 
 Fractions are in [0, 1]; a metric of nothing is a ValueError.
 """
@@ -56,7 +56,11 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 5) -> float:
     _check(scores[:, 0], labels)
     if not 1 <= k <= scores.shape[1]:
         raise ValueError(f"the {k} highest of {scores.shape[1]} scores")
-    return (scores.topk(k).indices == labels[:, None]).any(dim=1).double().mean().item()
+    return _hit(scores.topk(k).indices, labels)
+
+
+def _hit(ranked: Tensor, labels: Tensor) -> float:
+    return (ranked == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -82,19 +86,19 @@ def mask_iou(a: Tensor, b: Tensor) -> float:
 def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception Score (Salimans et al., 2016): mean and deviation over splits of exp(E KL(p(y|x) | p(y))).
 
-    probabilities (N, C), shuffled before they are split. Say whose: torchvision's Inception gives other
-    values than TensorFlow's. Raises ValueError for N < splits and for rows that do not sum to 1.
+    probabilities (N, C), shuffled before they are split; torchvision's Inception gives other values than
+    TensorFlow's. Raises ValueError for N < splits and for rows that do not sum to 1.
     """
     if probabilities.ndim != 2 or not 1 <= splits <= len(probabilities):
         raise ValueError(f"{splits} splits of probabilities {tuple(probabilities.shape)}: N >= splits >= 1")
     generator = torch.Generator().manual_seed(seed)
     p = probabilities.double()[torch.randperm(len(probabilities), generator=generator)]
     if (p < 0).any() or not torch.allclose(p.sum(dim=1), torch.ones(len(p), dtype=p.dtype), atol=1e-3):
-        raise ValueError("no probabilities: each row must be positive and sum to 1")
+        raise ValueError("no probabilities: a row is negative or does not sum to 1")
     scores = []
     for part in p.tensor_split(splits):
         marginal = part.mean(dim=0, keepdim=True)
-        divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, marginal)
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
         scores.append(divergence.sum(dim=1).mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
@@ -147,21 +151,21 @@ def bg_gap(accuracies: dict[str, float]) -> float:
     try:
         return accuracies["mixed_same"] - accuracies["mixed_rand"]
     except KeyError as error:
-        raise ValueError(f"BG-Gap needs {error}: there are {', '.join(accuracies) or 'none'}") from None
+        raise ValueError(f"BG-Gap needs {error}") from None
 
 
 def cue_conflict_decisions(probabilities: Tensor) -> list[str]:
-    """The category with the highest mean probability over its classes, a row of probabilities (N, 1000)."""
+    """The category of the highest mean over its classes of each row of probabilities (N, 1000)."""
     categories = cue_conflict_categories()
     means = torch.stack([probabilities[:, indices].mean(dim=1) for indices in categories.values()], dim=1)
     return [list(categories)[index] for index in means.argmax(dim=1)]
 
 
 def cue_conflict_labels(file: str) -> tuple[str, str]:
-    """Shape and texture category in a cue-conflict image's name, airplane1-bicycle2.png. ValueError."""
+    """Shape and texture category in an image's name such as airplane1-bicycle2.png. Raises ValueError."""
     match = re.search(r"([a-z]+)\d+-([a-z]+)\d+\.png$", file)
     if not match or not set(match.groups()) <= CUE_CONFLICT.keys():
-        raise ValueError(f"{file!r} is no cue-conflict image's name, such as airplane1-bicycle2.png")
+        raise ValueError(f"{file!r} is not named like airplane1-bicycle2.png")
     return match.groups()
 
 
@@ -174,7 +178,7 @@ def shape_bias(decisions: Sequence[str], shape: Sequence[str], texture: Sequence
         raise ValueError(f"{len(decisions)} decisions for {len(shape)} shapes and {len(texture)} textures")
     shape_hits, texture_hits = cue_conflict_hits(decisions, shape, texture)
     if not shape_hits + texture_hits:
-        raise ValueError("no decision is the shape's or the texture's category: the shape bias is undefined")
+        raise ValueError("no decision hits the shape or the texture: the shape bias is undefined")
     return shape_hits / (shape_hits + texture_hits)
 
 
@@ -187,22 +191,22 @@ def cue_conflict_hits(decisions, shape, texture) -> tuple[int, int]:
 # ---------- tables of predictions
 
 def read_table(path: str | os.PathLike) -> Rows:
-    """The rows of a CSV file. ValueError for what is none, for no row, and for no column of predictions."""
+    """The rows of a CSV file. ValueError for what is none and for no row with a prediction."""
     names, *lines = _read_csv(path) or [[]]
     if any(len(line) != len(names) for line in lines):
-        raise ValueError(f"{path} has rows with more or fewer cells than its line of names")
+        raise ValueError(f"{path} has rows with more or fewer cells than names")
     rows = [dict(zip(names, line)) for line in lines]
     _columns(rows, path)
     return rows
 
 
 def read_probabilities(path: str | os.PathLike) -> Tensor:
-    """(N, C) from a CSV file: a line of names, then a row an image, a column a class. Raises ValueError."""
+    """(N, C) float64 of a CSV file: a line of names, then a row an image. Raises ValueError."""
     lines = _read_csv(path)[1:]
     try:
         return torch.tensor([list(map(float, line)) for line in lines], dtype=torch.float64)
     except ValueError as error:
-        raise ValueError(f"{path} is no line of names and rows of probabilities ({error})") from None
+        raise ValueError(f"{path} is no line of names and rows of numbers ({error})") from None
 
 
 def _read_csv(path) -> list[list[str]]:
@@ -210,7 +214,7 @@ def _read_csv(path) -> list[list[str]]:
         with open(path, newline="", encoding="utf-8-sig") as file:  # a byte order mark is no name
             return [line for line in csv.reader(file) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is no CSV file ({error}); of pictures classify.py makes one") from None
+        raise ValueError(f"{path} is no CSV file ({error}); classify.py writes one") from None
 
 
 def write_table(path: str | os.PathLike, rows: Rows) -> None:
@@ -224,7 +228,7 @@ def write_table(path: str | os.PathLike, rows: Rows) -> None:
 
 @contextlib.contextmanager
 def _written(path, inputs=()):
-    """A file that is opened now and takes the place of `path` when the block ends without an error."""
+    """A file that takes the place of `path` when the block ends without an error."""
     path, partial = Path(path), Path(f"{path}.{os.urandom(4).hex()}.partial")
     if path.exists() and (not path.is_file() or any(map(path.samefile, filter(os.path.exists, inputs)))):
         raise OSError(f"{path} is an input or no regular file: choose another place")
@@ -242,8 +246,7 @@ def _written(path, inputs=()):
 def _columns(rows: Rows, path="the table") -> list[str]:
     names = [name for name in PREDICTIONS if any(name in row for row in rows)]
     if not names:
-        lack = f"column of {', '.join(PREDICTIONS)}" if rows else "row"
-        raise ValueError(f"{path} has no {lack}")
+        raise ValueError(f"{path} has no row with any of {', '.join(PREDICTIONS)}")
     return names
 
 
@@ -260,7 +263,7 @@ def _numbers(rows: Rows, column: str, classes: int = 1000) -> Tensor:
 
 
 def _labelled(rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
-    """Labels (N,) and predictions (N, K) of each column of predictions with a label. Raises ValueError."""
+    """Labels (N,) and predictions (N, K) of each column with a label. Raises ValueError."""
     found = {}
     for column in _columns(rows):
         label = f"{column} label" if f"{column} label" in rows[0] else "label"
@@ -272,18 +275,15 @@ def _labelled(rows: Rows) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def judge_imagenet(rows: Rows) -> dict[str, dict]:
-    """Accuracies of each column of predictions: {column: {"samples", "top-1", "top-5"}}.
+    """Accuracies of each column of predictions with a label: {column: {"samples", "top-1", "top-5"}}.
 
-    With K < 5 classes a cell it is "top-K", for one "top-1" alone. Columns without a label are left out.
-    Raises ValueError for what is no class, and for no label.
+    With K < 5 classes a cell it is "top-K". Raises ValueError for what is no class, and for no label.
     """
     result = {}
     for column, (labels, ranked) in _labelled(rows).items():
-        result[column] = {"samples": len(labels), "top-1": accuracy(ranked[:, 0], labels)}
         best = min(5, ranked.shape[1])
-        if best > 1:
-            hits = (ranked[:, :best] == labels[:, None]).any(dim=1)
-            result[column][f"top-{best}"] = hits.double().mean().item()
+        result[column] = {"samples": len(labels), "top-1": accuracy(ranked[:, 0], labels),
+                          f"top-{best}": _hit(ranked[:, :best], labels)}
     return result
 
 
@@ -299,7 +299,7 @@ def judge_cue_conflict(rows: Rows) -> dict[str, dict]:
         decisions = [row[column] for row in held]
         unknown = sorted(set(decisions) - CUE_CONFLICT.keys() - {"na"})
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is none of the 16 categories ({', '.join(CUE_CONFLICT)})")
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(CUE_CONFLICT)}")
         files = [row.get("file") or row.get("imagename", "") for row in held]
         shape, texture = zip(*map(cue_conflict_labels, files))
         by_shape, by_texture = cue_conflict_hits(decisions, shape, texture)

@@ -10,11 +10,10 @@ take the easy way; in the others each is drawn on its own.
 
     python mnist_variants.py --textures path/to/dtd       # a sheet of each; without DTD, textures are drawn
 
-A person's own labelled folder is read here too; `load_folder` alone needs another file, u2net.py.
+A person's own labelled folder is read here too: `load_folder` needs u2net.py.
 """
 import argparse
 import csv
-import difflib
 import gzip
 import hashlib
 import json
@@ -30,7 +29,7 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import functional as F_image
@@ -41,19 +40,18 @@ SPLITS = {"train": slice(50_000), "val": slice(50_000, 60_000), "test": slice(10
 SIZE = 32           # images are 32x32, digits scaled up from 28x28 by nearest neighbour
 ROOT = Path(__file__).parent / "data" / "mnist"
 
-MNIST_FILES = {  # file (without .gz): bytes and SHA-256 of the decompressed content
-    "train-images-idx3-ubyte":
-        (47_040_016, "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
-    "train-labels-idx1-ubyte": (60_008, "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    "t10k-images-idx3-ubyte": (7_840_016, "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7"),
-    "t10k-labels-idx1-ubyte": (10_008, "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+MNIST_FILES = {  # file (without .gz): SHA-256 of the decompressed content
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
 # Kim et al. (2019), supplement: the digit's colours, RGB.
 COLORED = torch.tensor([
     (220, 20, 60), (0, 128, 128), (253, 233, 16), (0, 149, 182), (237, 145, 33),
     (145, 30, 188), (70, 240, 240), (250, 197, 187), (210, 245, 60), (128, 0, 0)])
-# The authors' code: background colours; the digit's are the same list shifted by six.
+# The authors' code: background colours; the digit's are shifted by six.
 DOUBLE_BACKGROUND = torch.tensor([
     (0, 100, 0), (0, 0, 139), (176, 48, 96), (255, 69, 0), (255, 255, 0),
     (222, 184, 135), (0, 255, 0), (0, 255, 255), (255, 0, 255), (100, 149, 237)])
@@ -71,7 +69,7 @@ TEXTURE_SIZE, TEXTURE_PAD = 150, 3  # the authors scale DTD's pictures, then pad
 
 
 class Parts(NamedTuple):
-    """What images are made of, uint8: `mask` (N, 1, 32, 32), the others (N, 3, 32, 32) or (N, 3, 1, 1)."""
+    """Of images, uint8: `mask` (N, 1, 32, 32) in 0..255, the others (N, 3, 32, 32) or (N, 3, 1, 1)."""
     mask: Tensor
     foreground: Tensor
     background: Tensor
@@ -94,38 +92,37 @@ def read_mnist(train: bool, root: PathLike = ROOT) -> tuple[Tensor, Tensor]:
     Reads the .gz files in `root` or torchvision's `root`/MNIST/raw; where there are none, downloads them.
     Raises ValueError for a file that is missing or not MNIST's own.
     """
-    root = Path(root)
-    found = [folder for folder in (root / "MNIST" / "raw", root) if any(folder.glob("*.gz"))]
-    root = found[0] if found else _download(root)
-    files = (f"{'train' if train else 't10k'}-{name}-ubyte" for name in ("images-idx3", "labels-idx1"))
-    images, labels = (_read_idx(root, file) for file in files)
-    return images[16:].reshape(-1, 28, 28), labels[8:].long()
+    root, split = Path(root), "train" if train else "t10k"
+    if any((root / "MNIST" / "raw").glob("*.gz")):
+        root = root / "MNIST" / "raw"
+    elif not any(root.glob("*.gz")):
+        _download(root)
+    images = _read_idx(root, f"{split}-images-idx3-ubyte")[16:]
+    labels = _read_idx(root, f"{split}-labels-idx1-ubyte")[8:]
+    return images.reshape(-1, 28, 28), labels.long()
 
 
-def _download(root: Path) -> Path:
+def _download(root: Path) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:  # a download that fails leaves nothing in `root`
             datasets.MNIST(folder, download=True)
             for path in Path(folder).rglob("*.gz"):
                 write_file(root / path.name, path.read_bytes())
-        return root
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{root} holds no MNIST, none can be downloaded ({reason}): put its .gz files "
-                         "there, or name another --mnist") from None
+        raise ValueError(f"{root} holds no MNIST and none can be downloaded ({reason}): name another --mnist"
+                         ) from None
 
 
 def _read_idx(folder: Path, name: str) -> Tensor:
-    size, sha256 = MNIST_FILES[name]
     path = folder / f"{name}.gz"
     try:
         with gzip.open(path) as file:
-            content = bytearray(file.read(size + 1))  # never more than the file should hold
-        if hashlib.sha256(content).hexdigest() != sha256:
+            content = bytearray(file.read(48_000_000))  # the largest has 47,040,016 bytes
+        if hashlib.sha256(content).hexdigest() != MNIST_FILES[name]:
             raise OSError("its content has another SHA-256")
     except (OSError, EOFError, gzip.zlib.error) as error:
-        raise ValueError(f"{path} is not MNIST's own file ({error}): put that there, or name another --mnist"
-                         ) from None
+        raise ValueError(f"{path} is not MNIST's own ({error}): name another --mnist") from None
     return torch.frombuffer(content, dtype=torch.uint8)
 
 
@@ -138,13 +135,11 @@ def read_textures(folder: PathLike) -> Tensor:
         path = Path(folder, "images", name)
         try:
             with Image.open(path) as picture:
-                picture = ImageOps.exif_transpose(picture).convert("RGB")
+                picture = picture.convert("RGB").resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.NEAREST)
         except Exception as error:  # whatever a broken picture makes its decoder raise
-            raise ValueError(f"{path} does not open as a picture ({error}): name DTD's folder") from None
-        picture = picture.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.NEAREST)
+            raise ValueError(f"{path} does not open ({error}): name DTD's folder") from None
         textures.append(F_image.pil_to_tensor(picture))
-    padded = F.pad(torch.stack(textures).float(), (TEXTURE_PAD,) * 4, mode="reflect")
-    return padded.byte().unflatten(0, (2, 10))
+    return F_image.pad(torch.stack(textures), TEXTURE_PAD, padding_mode="reflect").unflatten(0, (2, 10))
 
 
 def draw_textures() -> Tensor:
@@ -166,19 +161,22 @@ def draw_textures() -> Tensor:
         phase = torch.tensor([0.0, 1 / 3, 2 / 3])[:, None, None]
         return value * (0.55 + 0.45 * torch.cos(2 * math.pi * (hue - phase)))
 
+    def stripes(label, mode):
+        angle = math.pi * (label / 10 + mode / 4)
+        width = (5, 8, 12)[(label + mode) % 3]
+        along = x * math.cos(angle) + y * math.sin(angle) + 3 * noise(6)
+        return torch.sigmoid(6 * torch.sin(2 * math.pi * along / width))
+
+    def veins(label, mode):
+        return torch.exp(-(noise(12 + 2 * ((3 * label + mode) % 7)) / 0.18) ** 2)
+
     textures = torch.empty(2, 10, 3, size, size)
     for label in range(10):
         second = torch.sigmoid(8 * noise(4))  # of the two modes
-        for kind in range(2):
+        for kind, draw in enumerate((stripes, veins)):
             modes = []
             for mode in range(2):
-                if kind == 0:
-                    angle = math.pi * (label / 10 + mode / 4)
-                    width = (5, 8, 12)[(label + mode) % 3]
-                    along = x * math.cos(angle) + y * math.sin(angle) + 3 * noise(6)
-                    ink = torch.sigmoid(6 * torch.sin(2 * math.pi * along / width))
-                else:
-                    ink = torch.exp(-(noise(12 + 2 * ((3 * label + mode) % 7)) / 0.18) ** 2)
+                ink = draw(label, mode)
                 hue = (3 * label + 5 * kind) / 10 + 0.08 * mode
                 paper = color(hue + 0.3 + 0.2 * mode, 0.45 + 0.1 * (label % 3))
                 modes.append(ink * color(hue, 0.95) + (1 - ink) * paper)
@@ -187,7 +185,7 @@ def draw_textures() -> Tensor:
 
 
 def _patches(textures, labels, generator):
-    """A random 32x32 patch of `textures[label]` for each label: (N, 3, 32, 32) uint8."""
+    """A random patch of each label's texture: (N, 3, 32, 32) uint8."""
     windows = textures.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (10, 3, 125, 125, 32, 32), a view
     corner = torch.randint(windows.shape[2], (2, len(labels)), generator=generator)
     return windows[labels, :, corner[0], corner[1]]
@@ -202,9 +200,9 @@ def load(name: str, split: str, *, agreement: float | tuple[float, float] | None
 
     split      train (first 50,000 of MNIST's training file), val (its last 10,000), test (MNIST's own)
     agreement  probability that the foreground carries the shape's label, else one of the other nine; the
-               background, drawn separately, the same; or two, (foreground, background). Default: 1 for train,
-               0.1 for val and test, which makes labels uniform
-    textures   wildlife: folder of DTD (`torchvision.datasets.DTD`) with the paper's pictures; None draws some
+               background, drawn separately, the same; or a tuple of two. None: 1 for train, otherwise 0.1,
+               which makes labels uniform
+    textures   wildlife: folder of DTD (`torchvision.datasets.DTD`); None draws some
     variance   colored, double-colored: of an image's colour around its class colour, on the [0, 1] scale
     Raises ValueError for what is unknown, out of range or not in its file.
     """
@@ -215,22 +213,19 @@ def load(name: str, split: str, *, agreement: float | tuple[float, float] | None
 def load_parts(name, split, agreement=None, seed=0, textures=None, variance=COLOR_VARIANCE, root=ROOT
                ) -> tuple[Parts, tuple[Tensor, Tensor, Tensor]]:
     """What `load` composes its images of, and their three labels. Its arguments and errors."""
-    if name not in NAMES:
-        near = [f"did you mean {near}? " for near in difflib.get_close_matches(str(name).lower(), NAMES, 1)]
-        raise ValueError(f"unknown data set {name!r}: {''.join(near)}choose one of {', '.join(NAMES)}")
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+    if name not in NAMES or split not in SPLITS:
+        raise ValueError(f"no data set {name!r} of split {split!r}: there are {', '.join(NAMES)}, each of "
+                         f"{', '.join(SPLITS)}")
     if agreement is None:
         agreement = 1.0 if split == "train" else 0.1
     of_fore, of_back = agreement if isinstance(agreement, tuple) else (agreement, agreement)
     if not (0 <= of_fore <= 1 and 0 <= of_back <= 1):
-        raise ValueError(f"agreement {agreement}: must be a probability in [0, 1], or two")
+        raise ValueError(f"agreement {agreement}: must be in [0, 1]")
     if not 0 <= variance < math.inf or not 0 <= seed < 2 ** 62:
-        raise ValueError(f"variance {variance}, seed {seed}: must be 0 or more, the seed below 2^62")
+        raise ValueError(f"variance {variance} or seed {seed} is below 0 or too large")
 
     digits, shape = (part[SPLITS[split]].clone() for part in read_mnist(split != "test", root))
     mask = F.interpolate(digits[:, None], size=SIZE, mode="nearest")
-
     generator = torch.Generator().manual_seed(len(SPLITS) * seed + list(SPLITS).index(split))
     foreground = _other_labels(shape, of_fore, generator)
     background = _other_labels(shape, of_back, generator)
@@ -239,7 +234,7 @@ def load_parts(name, split, agreement=None, seed=0, textures=None, variance=COLO
         fore = _colors(COLORED[foreground], variance, generator)
         back = torch.zeros_like(fore)
     else:
-        mask = torch.where(mask > 0.1 * 255, 255, 0).byte()  # the authors binarise here
+        mask = 255 * (mask > 0.1 * 255).byte()  # the authors binarise here
         if name == "double-colored":
             fore = _colors(DOUBLE_FOREGROUND[foreground], variance, generator)
             back = _colors(DOUBLE_BACKGROUND[background], variance, generator)
@@ -250,8 +245,8 @@ def load_parts(name, split, agreement=None, seed=0, textures=None, variance=COLO
 
 
 def compose(mask: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """The picture of uint8 parts (see `Parts`), (N, 3, 32, 32) uint8: equation 2 with the mask as 0..255."""
-    if ((mask == 0) | (mask == 255)).all():
+    """Equation 2 of uint8 `Parts`, the mask as 0..255: (N, 3, 32, 32) uint8."""
+    if ((mask == 0) | (mask == 255)).all():  # the same, in a quarter of the memory
         return torch.where(mask > 0, foreground, background)
     return torch.lerp(background.float(), foreground.float(), mask.float() / 255).round_().byte()
 
@@ -273,12 +268,12 @@ def class_folders(folder: PathLike) -> list[str]:
     """The sorted names of subfolders, as numbers where all are; no hidden ones. ValueError for none."""
     names = [path.name for path in Path(folder).glob("[!.]*") if path.is_dir()]
     if not names:
-        raise ValueError(f"{folder} has no subfolders: it needs one a class, with pictures")
+        raise ValueError(f"{folder} has no subfolders, one a class")
     return sorted(sorted(names), key=int if all(name.isdecimal() for name in names) else str)
 
 
 def picture_files(folder: PathLike) -> list[Path]:
-    """The pictures below a folder, sorted; none that is hidden, no parts such as 00000000-mask.png."""
+    """The pictures below a folder, sorted; none that is hidden, no 00000000-mask.png."""
     return [path for path in sorted(Path(folder).rglob("*"))
             if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -298,10 +293,9 @@ def labelled_files(folder: PathLike) -> list[tuple[str, tuple[int, ...]]]:
             rows = [(row["file"], tuple(int(row[name]) for name in ("shape", "texture", "background")))
                     for row in csv.DictReader(file, restval="")]
     except (KeyError, csv.Error, ValueError) as error:
-        raise ValueError(f"{table} lacks file, shape, texture or background, or one is no number ({error})"
-                         ) from None
+        raise ValueError(f"{table} lacks file, shape, texture, background or a number ({error})") from None
     if not rows:
-        raise ValueError(f"{table} has no row: it needs one a picture")
+        raise ValueError(f"{table} has no row")
     for file, _ in rows:
         if Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{table} names {file!r}, which is not in its folder")
@@ -313,7 +307,7 @@ def _in_subfolders(folder):
     for label, name in enumerate(class_folders(folder)):
         files = picture_files(Path(folder, name))
         if not files:
-            raise ValueError(f"{Path(folder, name)} holds no picture: each class needs one")
+            raise ValueError(f"{Path(folder, name)} holds no picture")
         found += [(str(path), (label,)) for path in files]
     return found
 
@@ -335,11 +329,12 @@ def load_folder(folder: PathLike) -> tuple[Tensor, Tensor, list[str]]:
     The shorter side is scaled to 32 pixels and the middle cut out. Raises ValueError.
     """
     import u2net
-    files, images = _in_subfolders(folder), []
-    for path, _ in files:
+    images, labels = [], []
+    for path, (label,) in _in_subfolders(folder):
         picture = F_image.resize(u2net.open_photo(path, smallest=1), SIZE)
         images.append(F_image.pil_to_tensor(F_image.center_crop(picture, SIZE)))
-    return torch.stack(images), torch.tensor([label for _, (label,) in files]), class_folders(folder)
+        labels.append(label)
+    return torch.stack(images), torch.tensor(labels), class_folders(folder)
 
 
 # ---------- sheets
@@ -348,30 +343,29 @@ def save_sheet(path: PathLike, images: Tensor, rows: list[str], columns: list[st
     """Write pictures as one labelled PNG: `images` (R, C, 3, H, W) uint8, a name a row and a name a column.
 
     Pictures are enlarged, their values kept. A column name like its left neighbour's is written once.
-    Raises ValueError where names do not fit; errors of `save_png`.
+    Raises ValueError where names do not fit, and what `save_png` raises.
     """
-    count_r, count_c, _, height, width = images.shape
-    if (len(rows), len(columns)) != (count_r, count_c):
-        raise ValueError(f"{len(rows)} row and {len(columns)} column names for {count_r} x {count_c} images")
+    if (len(rows), len(columns)) != images.shape[:2]:
+        raise ValueError(f"{len(rows)} row and {len(columns)} column names for {tuple(images.shape)}")
     gap, font = 2, ImageFont.load_default(12)
     rows, columns = list(map(_plain, rows)), list(map(_plain, columns))
-    height, width = height * scale + gap, width * scale + gap
+    height, width = (side * scale + gap for side in images.shape[3:])
     left = 8 + int(max(font.getlength(name) for name in rows))
-    sheet = Image.new("RGB", (left + count_c * width, 18 + count_r * height), "white")
+    sheet = Image.new("RGB", (left + len(columns) * width, 18 + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for c, name in enumerate(columns):
         if c == 0 or name != columns[c - 1]:
             draw.text((left + c * width, 2), name, "black", font)
     for r, name in enumerate(rows):
         draw.text((4, 18 + r * height + height // 2 - 8), name, "black", font)
-        for c in range(count_c):
-            picture = F_image.to_pil_image(images[r, c]).resize((width - gap, height - gap), Image.NEAREST)
+        for c, picture in enumerate(images[r]):
+            picture = F_image.to_pil_image(picture).resize((width - gap, height - gap), Image.NEAREST)
             sheet.paste(picture, (left + c * width, 18 + r * height))
     save_png(path, sheet)
 
 
-def _plain(text: str) -> str:
-    """What the font draws without boxes: 'é' as 'e', '→' as '->', what is not like ASCII as '?'."""
+def _plain(text):
+    """What the font has: 'é' as 'e', '→' as '->', what is not like ASCII as '?'."""
     signs = unicodedata.normalize("NFKD", text.replace("→", "->"))
     signs = "".join(sign for sign in signs if not unicodedata.combining(sign))
     return signs.encode("ascii", "replace").decode()
@@ -380,14 +374,14 @@ def _plain(text: str) -> str:
 def save_png(path: PathLike, picture: Image.Image) -> None:
     """Write a picture as `write_file` does. ValueError where `path` does not end in .png."""
     if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{path} would hold a PNG: choose a name that ends in .png")
+        raise ValueError(f"{path} does not end in .png")
     write_file(path, lambda file: picture.save(file, format="PNG"))
 
 
 def write_file(path: PathLike, content: bytes | Callable) -> None:
     """Write bytes, or what content(file) writes: `path` holds the old content or the new, never half of it.
 
-    Each process renames a file of its own. Raises OSError, also for a folder or a device.
+    Several processes may write it. Raises OSError, also for a folder or a device.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.urandom(4).hex()}.partial")
@@ -403,8 +397,7 @@ def write_file(path: PathLike, content: bytes | Callable) -> None:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): make room or choose another place; what was "
-                      "there is intact") from None
+        raise OSError(f"{path} could not be written ({reason}): what was there is intact") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -424,8 +417,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        if args.out.is_file():
-            raise ValueError(f"--out {args.out} is a file: choose a folder")
         args.out.mkdir(parents=True, exist_ok=True)
         for name in NAMES:
             data = load(name, args.split, seed=args.seed, textures=args.textures, root=args.mnist)

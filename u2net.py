@@ -1,13 +1,12 @@
 """U-2-Net (Qin et al., Pattern Recognition 2020): what stands out in a picture, as a mask.
 
-One file that turns a raw state dict, as released by the authors (xuebinqin/U-2-Net), into a network; widths
-are read from it. Submodules are named as the released keys. `open_photo` is the one reader of pictures.
+Made from a raw state dict, as the authors released them (xuebinqin/U-2-Net), or one of other widths.
+Submodules are named as its keys. `open_photo` is the one reader of pictures.
 
     python u2net.py photo.jpg --out mask.png --cutout object.png
 """
 import argparse
 import hashlib
-import os
 import sys
 import tempfile
 import urllib.request
@@ -89,8 +88,8 @@ def resize(h, like, align_corners):
 
 
 class U2Net(nn.Module):
-    """A U-Net whose every stage is a small U-Net. `stages`: channels (in, inside, out) of the eleven.
-    align_corners: of the upsampling; released weights were trained with False, the CGN's authors run True."""
+    """A U-Net whose every stage is a small U-Net. `stages`: channels (in, inside, out) of the eleven;
+    align_corners: of the upsampling, False as weights were trained, True as the CGN's authors run them."""
 
     def __init__(self, stages=LITE, align_corners: bool = False):
         super().__init__()
@@ -102,11 +101,8 @@ class U2Net(nn.Module):
         self.outconv = nn.Conv2d(6, 1, 1)
 
     def forward(self, x: Tensor, maps: bool = False) -> Tensor | tuple:
-        """x (N, 3, H, W), ImageNet-normalised (see `normalise`) -> saliency (N, 1, H, W) in [0, 1].
-
-        maps: all seven, the fused one first, then the side outputs from fine to coarse. Raises ValueError for
-        another shape or a side under 16 pixels.
-        """
+        """x (N, 3, H, W), ImageNet-normalised (see `normalise`) -> saliency (N, 1, H, W) in [0, 1]; maps: all
+        seven, fused, then from fine to coarse. Raises ValueError for another shape or sides under 16."""
         logits = self.logits(x)
         return tuple(torch.sigmoid(logit) for logit in logits) if maps else torch.sigmoid(logits[0])
 
@@ -146,22 +142,21 @@ def normalise(x: Tensor) -> Tensor:
 
 # ---------- loading
 
-def load(source: str | os.PathLike | dict, *, align_corners: bool = False, frozen: bool = True) -> U2Net:
-    """A U2Net in eval mode, full, lite or of other widths, from a raw state dict or the path of one.
-
-    frozen: batch norms folded into convolutions, no gradients for weights; else ready to be trained.
-    Raises ValueError that names, in one line, what is missing, unexpected, misshapen or not finite.
-    """
+def load(source: str | Path | dict, *, align_corners: bool = False, frozen: bool = True) -> U2Net:
+    """A U2Net in eval mode from a raw state dict or the path of one; frozen: batch norms folded, no gradients
+    for weights. Raises ValueError that names, in one line, what is missing, unexpected, misshapen or not
+    finite."""
     state, name = read_state(source), "the state dict" if isinstance(source, dict) else source
     for key, value in state.items():
         stored = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and (
-            0 < value.numel() * value.element_size() <= value.untyped_storage().nbytes())
+            0 < value.nbytes <= value.untyped_storage().nbytes())
         count = str(key).endswith("num_batches_tracked")
         if not stored or not count and not value.is_floating_point() or not isinstance(key, str):
             raise ValueError(f"{name}: {key} is no dense tensor of floating-point numbers, all stored")
         state[key] = value = value.detach().to(torch.long if count else torch.float, copy=True)
-        if not torch.isfinite(value).all() or key.endswith("running_var") and (value < 0).any():
-            raise ValueError(f"{name}: {key} holds values that are not finite, or negative variances")
+        low, high = value.aminmax()
+        if not -torch.inf < low <= high < torch.inf or key.endswith("running_var") and low < 0:
+            raise ValueError(f"{name}: {key} is not finite, or holds negative variances")
     with torch.device("meta"):
         model = U2Net(_stages(state, name), align_corners).eval()
     try:
@@ -171,17 +166,16 @@ def load(source: str | os.PathLike | dict, *, align_corners: bool = False, froze
     return model.freeze() if frozen else model
 
 
-def read_state(source: str | os.PathLike | dict) -> dict:
-    """A new raw state dict from one or from a file, in which nothing can run code, without {"state_dict": ..}
+def read_state(source: str | Path | dict) -> dict:
+    """A new raw state dict from one or from a file, of which nothing is run, without {"state_dict": ..}
     around it or DataParallel's `module.` before its keys. Raises ValueError if there is none."""
     try:
         state = source
         if not isinstance(source, dict):
-            with warnings.catch_warnings(), open(source, "rb"):
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state = torch.load(source, map_location="cpu", weights_only=True)
-        if isinstance(state.get("state_dict"), dict):
-            state = state["state_dict"]
+        state = state.get("state_dict", state)
         parallel = all(isinstance(key, str) and key.startswith("module.") for key in state)
         return {key[7:] if parallel else key: value for key, value in state.items()}
     except Exception as error:  # whatever a hostile or broken file makes the reader raise
@@ -199,9 +193,9 @@ def _stages(state, name):
     return [(i, mid, o) for (o, i, *_), (mid, *_) in zip(outer, inner)]
 
 
-def find_weights(path: str | os.PathLike) -> Path:
-    """The path of weights, for a bare name in weights/; fetched first where absent and listed in weights.txt,
-    beside this file. Raises ValueError for weights that are not to be had or have another SHA-256."""
+def find_weights(path: str | Path) -> Path:
+    """The path of weights, for a bare name in weights/; fetched where absent and listed in weights.txt beside
+    this file. Raises ValueError for what is not to be had or has another SHA-256."""
     path, table = Path(path), Path(__file__).with_name("weights.txt")
     if path.parent == Path(".") and not path.exists():
         path = table.parent / "weights" / path.name
@@ -230,9 +224,9 @@ def find_weights(path: str | os.PathLike) -> Path:
 
 # ---------- photos to masks
 
-def open_photo(path: str | os.PathLike, smallest: int = SMALLEST) -> Image.Image:
+def open_photo(path: str | Path, smallest: int = SMALLEST) -> Image.Image:
     """A picture as it is meant to be seen, RGB: turned as EXIF says, 16 bits scaled, white where transparent.
-    Raises ValueError, one line, where it is none, has over 64 million pixels or a side below `smallest`."""
+    Raises ValueError where it is none, has over 64 million pixels or a side below `smallest`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -254,12 +248,12 @@ def open_photo(path: str | os.PathLike, smallest: int = SMALLEST) -> Image.Image
 
 
 @torch.no_grad()
-def saliency(model: U2Net, photo: Image.Image) -> Image.Image:
-    """The mask of an RGB photo, grey, 0..255, at the photo's size; the network sees it at 320 x 320, divided
-    by its maximum as in U-2-Net's training: a dark photo has the mask of a bright one."""
-    x = F_image.to_tensor(photo.resize((SIDE, SIDE), Image.BILINEAR, reducing_gap=3))
+def saliency(model: U2Net, photo: Image.Image, side: int = SIDE) -> Image.Image:
+    """The mask of an RGB photo, grey, at its size. The network sees it at side x side, divided by its maximum
+    as in U-2-Net's training: a dark photo has the mask of a bright one."""
+    x = F_image.to_tensor(photo.resize((side, side), Image.BILINEAR, reducing_gap=3))
     x = normalise(x[None] / x.max().clamp(min=1 / 255))         # a black one stays black
-    mask = model(x.to(model.outconv.weight.device))[0].cpu()    # (1, 320, 320) in [0, 1]
+    mask = model(x.to(model.outconv.weight.device))[0].cpu()    # (1, side, side) in [0, 1]
     return F_image.to_pil_image(mask.mul(255).round().byte()).resize(photo.size, Image.BILINEAR)
 
 
@@ -273,15 +267,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", help="PNG to write, the mask (default without --cutout: mask.png beside this file)")
     add("--cutout", help="PNG to write, the photo, transparent where the mask is 0")
     add("--weights", default=Path(__file__).parent / "weights" / "u2netp.pth", help="raw state dict "
-        "(default: weights/u2netp.pth; u2net.pth is fetched)")
+        "(default: u2netp.pth; u2net.pth is fetched)")
     add("--align-corners", action="store_true", help="as the CGN's authors upsample")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--device", default="auto", help="cuda, mps or cpu (default: the first here)")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    torch.set_num_threads(min(max(args.threads, 1), os.cpu_count()))
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = gpu if args.device == "auto" else args.device
     if device not in (gpu, "cpu"):
