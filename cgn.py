@@ -28,8 +28,10 @@ import argparse
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import os
+import shutil
 import tempfile
 import time
 from functools import partial
@@ -41,6 +43,7 @@ import torch
 import torch.distributed as distributed
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrizations import spectral_norm
@@ -52,7 +55,7 @@ import biggan
 import mnist_variants
 import u2net
 from run import (Run, bf16_pays, check_output, command, find_device, join_group, one_process, override,
-                 rank_and_world, read_checkpoint, refuse_options, save_state)
+                 in_turn, rank_and_world, read_checkpoint, refuse_options, save_state, watched)
 
 HERE = Path(__file__).parent       # of all default paths
 WEIGHTS, RUNS = HERE / "weights", HERE / "runs"
@@ -138,29 +141,24 @@ def compose(m: Tensor, f: Tensor, b: Tensor) -> Tensor:
 
 
 def binary_entropy(m: Tensor) -> Tensor:
-    """L_binary of equation 3: the mask's mean binary entropy a pixel, in bits, 0 (binary) .. 1 (all 0.5). A
-    scalar."""
+    """L_binary of equation 3, a scalar: the mask's mean binary entropy in bits, 0 (binary) .. 1 (all 0.5)."""
     m = m.clamp(ENTROPY_CLAMP, 1 - ENTROPY_CLAMP)
     return -(m * m.log2() + (1 - m) * (1 - m).log2()).mean()
 
 
 def mask_interval(m: Tensor, low: float = 0.1, high: float = 0.9) -> Tensor:
-    """L_mask of equation 3: how far each image's mean mask lies outside [low, high], averaged over images. A
-    scalar.
-
-    The paper's tau = 0.1 gives [0.1, 0.9].
-    """
+    """L_mask of equation 3, a scalar: how far the mean of each mask lies outside [low, high] (tau = 0.1)."""
     mean = m.mean(dim=(1, 2, 3))
     return (F.relu(low - mean) + F.relu(mean - high)).mean()
 
 
 def color_loss(images: Tensor, y: Tensor, target: Tensor) -> Tensor:
-    """How far the mean colour of images (N, 3, H, W) is from that of real ones, class by class. A scalar. Not
-    in the paper.
+    """How far the mean colour of images (N, 3, H, W), with labels y (N,), is from that of real ones, `target`
+    (C, 3). A scalar. DEVIATION: not in the paper.
 
-    y (N,) long, target (C, 3): the squared difference of means, averaged over the classes with two images or
-    more. Estimated from pairs of different images, (|sum d|^2 - sum |d|^2) / (n (n - 1)), so that colours of
-    a class may differ at no cost.
+    The squared difference of a class's means, averaged over the classes with two images or more. It is
+    estimated from pairs of different images, (|sum d|^2 - sum |d|^2) / (n (n - 1)), so that colours of a
+    class may differ at no cost.
     """
     d = images.mean(dim=(2, 3)) - target[y]                                 # (N, 3)
     zero, count = torch.zeros_like(target), y.bincount(minlength=len(target))       # (C, 3), (C,)
@@ -171,8 +169,8 @@ def color_loss(images: Tensor, y: Tensor, target: Tensor) -> Tensor:
 
 
 def mean_color(images: Tensor, labels: Tensor, classes: int, margin: int = 0) -> Tensor:
-    """Mean colour (C, 3) in [-1, 1] of uint8 images (N, 3, H, W), by class; of `margin` outermost pixels, if
-    given."""
+    """Mean colour (C, 3) in [-1, 1] of uint8 images (N, 3, H, W), by class; with `margin`, of so many
+    outermost pixels."""
     color = images.mean(dim=(2, 3), dtype=torch.float)
     if margin:
         inner = images[..., margin:-margin, margin:-margin]
@@ -182,19 +180,15 @@ def mean_color(images: Tensor, labels: Tensor, classes: int, margin: int = 0) ->
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Tensor:
-    """Hinge loss of the discriminator's scores (N,) for real and generated images: pushes them beyond +1 and
-    -1. A scalar.
-
-    relativistic (Jolicoeur-Martineau, 2019): each real image shall lead the generated one of its class by 1.
-    """
+    """Hinge loss, a scalar: the discriminator's scores (N,) of real images shall exceed 1, of generated ones
+    fall below -1; relativistic (Jolicoeur-Martineau, 2019): each real one lead the generated one by 1."""
     if relativistic:
         return F.relu(1 - (real - fake)).mean()
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def generator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Tensor:
-    """The generator's side: raise the scores (N,) of generated images; relativistic: until each leads its
-    real one by 1."""
+    """The generator's side: raise the scores of generated images; relativistic: until each leads by 1."""
     return F.relu(1 - (fake - real)).mean() if relativistic else -fake.mean()
 
 
@@ -210,22 +204,18 @@ def _at_least_float(x: Tensor) -> Tensor:
 
 
 def perceptual(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """L_perc: mean absolute difference of the Gram matrices of feature maps (N, C, H, W), summed over the
-    layers. A scalar.
-
-    Scaled so that the paper's weight of 5 is the authors' (GRAM_SCALE).
-    """
+    """L_perc, a scalar: the mean absolute difference of Gram matrices of feature maps (N, C, H, W), summed
+    over the layers."""
     return GRAM_SCALE * sum((gram(x) - gram(y)).abs().mean() for x, y in zip(a, b))
 
 
 def relative_patch(m: Tensor, patch: int) -> Tensor:
-    """Sides (N,) of patches that follow the object's size, appendix F's remedy: `patch` where masks m (N, 1,
-    H, W) fill a quarter of the image, and in proportion to the root of the area; at least 1 pixel."""
+    """Sides (N,) of patches that follow the object's size (appendix F): `patch` where the mask m (N, 1, H, W)
+    fills a quarter of the image, in proportion to the root of its area; at least 1 pixel."""
     return (2 * patch * m.detach().mean(dim=(1, 2, 3)).sqrt()).round().clamp(1, min(m.shape[2:])).long()
 
 
-def patch_grid(x: Tensor, m: Tensor, draws: Tensor, patch: int | Tensor = 15
-               ) -> Tensor:
+def patch_grid(x: Tensor, m: Tensor, draws: Tensor, patch: int | Tensor = 15) -> Tensor:
     """pg of the texture loss (C.2): 6 x 6 patches of x (N, 3, H, W) from where the mask m (N, 1, H, W) is
     highest, scaled to x's size. No gradient passes.
 
@@ -253,17 +243,15 @@ def patch_grid(x: Tensor, m: Tensor, draws: Tensor, patch: int | Tensor = 15
         return F.interpolate(grid.flatten(4, 5).flatten(2, 3), x.shape[2:], mode="bilinear")
 
 
-def imagenet_losses(model: "ImagenetCGN", m: Tensor, f: Tensor, b: Tensor,
-                    x_gt: Tensor, style: nn.Module, draws: Tensor, *, patch: int = 15,
-                    relative: bool = False, terms: Sequence[str] = TERMS
+def imagenet_losses(model: "ImagenetCGN", m: Tensor, f: Tensor, b: Tensor, x_gt: Tensor, style: nn.Module,
+                    draws: Tensor, *, patch: int = 15, relative: bool = False, terms: Sequence[str] = TERMS
                     ) -> Iterator[tuple[str, Tensor]]:
     """The unweighted terms of equation 4 that are asked for, by name: scalars, means over images.
 
-    m, f, b: what the mechanisms made; x_gt (N, 3, R, R) in [-1, 1]: the teacher's images for the same u and
-    y; style: see StyleFeatures; draws (N, 36): see `patch_grid`; relative: see `relative_patch`. A term is
-    computed when the one before has been used, so that two graphs never need memory at once. DEVIATION:
-    patches of L_text come from x_gt (authors' code), not from x_gen, whose textures they would smooth ever
-    more: enlarging the grid blurs it.
+    m, f, b: what the mechanisms made; x_gt (N, 3, R, R): the teacher's images for the same u and y; style:
+    see StyleFeatures; draws, patch: see `patch_grid`; relative: see `relative_patch`. A term is computed when
+    the one before has been used: two graphs never need memory at once. DEVIATION: patches of L_text come from
+    x_gt (authors' code). From x_gen, they would smooth its textures ever more: enlarging the grid blurs it.
     """
     m, f, b = (_at_least_float(part) for part in (m, f, b))
 
@@ -286,11 +274,8 @@ def imagenet_losses(model: "ImagenetCGN", m: Tensor, f: Tensor, b: Tensor,
 # ------------------------------------------------------------------------------------------------- randomness
 
 def rng(seed: int, index: int) -> np.random.Generator:
-    """The one source of everything that belongs to `index` (a training step, or a sampled image) under
-    `seed`, both >= 0.
-
-    Philox is counter-based: no two pairs of these share a stream, and none depends on what was drawn before.
-    """
+    """The one source of everything that belongs to `index` (a training step, a sampled image) under `seed`,
+    both >= 0. Philox is counter-based: each pair has a stream of its own, whatever was drawn before."""
     return np.random.Generator(np.random.Philox(key=[seed, index]))
 
 
@@ -298,8 +283,7 @@ CELLS, PATCH_CELLS = 10, 2          # a texture starts as 10 x 10 cells; the puz
 
 
 def draw_arrangement(generator: np.random.Generator, count: int, shuffle: str) -> np.ndarray:
-    """Where each of the 100 cells of a texture comes from, (count, 2, 100) ints: for the foreground and the
-    background.
+    """Where each of the 100 cells of a texture comes from, (count, 2, 100) ints: of foreground, background.
 
     puzzle  patches of 2 x 2 cells in random order (the paper's "shuffled sliding puzzle", section 3.1)
     shift   all cells moved cyclically by a random distance (authors' code)
@@ -320,19 +304,13 @@ def normal(generator: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
 
 
-def draw_truncated(generator: np.random.Generator, count: int, noise: int, truncation: float) -> Tensor:
-    """(count, noise): a standard normal cut at -2 and 2, times the truncation."""
-    return biggan.truncated_noise(count, noise, truncation, seed=int(generator.integers(2 ** 63)))
-
-
 # ----------------------------------------------------------------------------------------- mechanisms, models
 
 NOISE = 32                          # dimensions of u at MNIST's scale (authors' code)
 
 
 class CGN(nn.Module):
-    """What all generators share: how noise is drawn, how they are called, and that the composer joins the
-    parts.
+    """What all generators share: they are drawn and called alike, and the composer joins their parts.
 
     A subclass has `classes`, `noise` (dimensions of u), `resolution`, and the mechanisms `shape`, `texture`,
     `background`.
@@ -343,9 +321,13 @@ class CGN(nn.Module):
 
     def draw(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """One image's u (3, Z), labels y (3,) and arrangement (2, cells) of the textures' cells."""
-        u = normal(generator, 3, self.noise)
+        u = self.draw_noise(generator, 3)
         y = torch.from_numpy(generator.integers(self.classes, size=3))
         return u, y, self.arrange(generator, 1)[0]
+
+    def draw_noise(self, generator: np.random.Generator, count: int) -> Tensor:
+        """(count, Z)."""
+        return normal(generator, count, self.noise)
 
     def arrange(self, generator: np.random.Generator, count: int) -> Tensor:
         """(count, 2, cells): none where nothing is rearranged."""
@@ -377,11 +359,9 @@ def triple(x) -> tuple:
 
 
 class Up(nn.Module):
-    """Twice the size: (N, i, n, n) -> (N, o, 2n, 2n), or, without padding, (N, o, 2n - 2, 2n - 2) free of
-    border effects.
+    """Twice the size: (N, i, n, n) -> (N, o, 2n, 2n), or (N, o, 2n - 2, 2n - 2) without padding.
 
-    Nearest-neighbour upsampling and a 3 x 3 convolution, as one 4 x 4 transposed convolution: equal, in half
-    the time.
+    Nearest-neighbour upsampling and a 3 x 3 convolution, as one transposed convolution in half the time.
     """
 
     def __init__(self, i: int, o: int, padding: int):
@@ -396,8 +376,7 @@ class Up(nn.Module):
 
 
 class Start(nn.Module):
-    """u (N, Z) and y, labels (N,) or class weights (N, C) -> `channels` feature maps of `side` x `side`
-    cells."""
+    """u (N, Z) and y, labels (N,) or class weights (N, C) -> feature maps (N, channels, side, side)."""
 
     def __init__(self, classes: int, channels: int, side: int):
         super().__init__()
@@ -417,20 +396,18 @@ class Start(nn.Module):
 def class_weights(y: Tensor, classes: int) -> Tensor:
     """Labels (N,) long -> one-hot class weights (N, C) float; class weights pass. ValueError for what is
     neither, and for a label out of range (on a GPU, where looking would wait for it, torch's own error)."""
-    if not isinstance(y, Tensor) or y.is_complex() or y.dtype == torch.bool:
-        raise ValueError(f"labels {y!r}: expected a tensor (N,) long, or class weights (N, {classes})"[:200])
-    if y.is_floating_point() and y.ndim == 2 and y.shape[1] == classes:
+    if not isinstance(y, Tensor) or y.is_complex() or y.dtype == torch.bool or (
+            y.shape[1:] != ((classes,) if y.is_floating_point() else ()) or not y.ndim):
+        raise ValueError(f"labels {y!r:.99}: expected a tensor (N,) long, or class weights (N, {classes})")
+    if y.is_floating_point():
         return y
-    if y.is_floating_point() or y.ndim != 1:
-        raise ValueError(f"labels of shape {tuple(y.shape)}: expected (N,), or weights (N, {classes})")
     if y.device.type == "cpu" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(f"class {int(y.min()) if y.min() < 0 else int(y.max())} is not in 0..{classes - 1}")
     return torch.zeros(len(y), classes, device=y.device).scatter_(1, y.long()[:, None], 1.0)
 
 
 def in_float(layer: nn.Module, h: Tensor) -> Tensor:
-    """layer(h) outside of bfloat16: before a sigmoid its rounding makes masks of exactly 0 and 1, without
-    gradient."""
+    """layer(h) outside of bfloat16, whose rounding makes masks of exactly 0 and 1, without gradient."""
     with torch.autocast(h.device.type, enabled=False):
         return layer(h.to(layer.weight.dtype))
 
@@ -438,9 +415,8 @@ def in_float(layer: nn.Module, h: Tensor) -> Tensor:
 class ShapeMechanism(nn.Module):
     """f_shape: u (N, Z), y -> mask (N, 1, 32, 32) in [0, 1].
 
-    The outermost `margin` pixels are 0 by construction: they show the background mechanism's output alone.
-    Without this and the `color_loss` of b, nothing in the paper's losses keeps foreground and background from
-    swapping roles for some classes.
+    The outermost `margin` pixels are 0: only the background is seen there. Without this and the `color_loss`
+    of b, nothing keeps foreground and background from swapping roles for some classes. DEVIATION.
     """
 
     def __init__(self, classes: int, margin: int):
@@ -461,10 +437,9 @@ class ShapeMechanism(nn.Module):
 class TextureMechanism(nn.Module):
     """f_text (and f_bg, its twin): u (N, Z), y, arrangement (N, 100) long -> (N, 3, 32, 32) in [-1, 1].
 
-    100 cells are made, rearranged at random, and decoded by convolutions without padding: no place in the
-    picture differs from another, and no shape larger than a patch can be learned, since the next draw would
-    break it. DEVIATION: the paper rearranges just before the output layer. Here convolutions follow, which
-    close the seams.
+    100 cells are made, rearranged at random, and decoded without padding: no place differs from another, and
+    a shape larger than a patch cannot be learned, since the next draw would break it. DEVIATION: the paper
+    rearranges just before the output layer. Here convolutions follow, which close the seams.
     """
 
     def __init__(self, classes: int):
@@ -503,9 +478,8 @@ class MnistCGN(CGN):
 
 
 class MnistGAN(MnistCGN):
-    """A conditional GAN without mechanisms, the baseline "Original + GAN" of Table 2: one network makes the
-    whole image, which counts as foreground. It is drawn and called like a CGN, and of three u and y uses the
-    first."""
+    """A conditional GAN, the baseline of Table 2: one network makes the whole image, which counts as
+    foreground. It is drawn and called like a CGN, and of three u and y uses the first."""
 
     independent = False
 
@@ -557,12 +531,11 @@ class Discriminator(nn.Module):
 
 
 class ImagenetCGN(CGN):
-    """Figure 2: three BigGAN-deep generators; what the frozen U-2-Net finds salient in the first one's
-    picture is the mask.
+    """Figure 2: three BigGAN-deep generators, of any size; what the frozen U-2-Net finds salient in the first
+    one's picture is the mask.
 
-    Of 256 x 256 pixels and 1,000 classes, or as large as the given generators are. raw: feed U-2-Net [-1, 1],
-    as the authors do. U-2-Net runs in channels last, which is faster on a CPU; the generators gain nothing by
-    it and take more memory.
+    raw: feed U-2-Net [-1, 1], as the authors do. Channels last make U-2-Net faster on a CPU, and the
+    generators larger.
     """
 
     def __init__(self, f_shape: biggan.BigGAN, f_text: biggan.BigGAN, f_bg: biggan.BigGAN,
@@ -572,9 +545,9 @@ class ImagenetCGN(CGN):
         self.f_shape, self.f_text, self.f_bg, self.raw = f_shape, f_text, f_bg, raw
         self.u2net = saliency.to(memory_format=torch.channels_last)
 
-    def draw(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        u = draw_truncated(generator, 3, self.noise, self.truncation)
-        return u, torch.from_numpy(generator.integers(self.classes, size=3)), self.arrange(generator, 1)[0]
+    def draw_noise(self, generator: np.random.Generator, count: int) -> Tensor:
+        seed = int(generator.integers(2 ** 63))
+        return biggan.truncated_noise(count, self.noise, self.truncation, seed)
 
     def shape(self, u: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         pre_mask = self.f_shape(u, y, self.truncation)
@@ -598,12 +571,10 @@ STYLE_CONVS = (2, 2, 3, 3)          # convolutions of VGG16 before each of its f
 
 
 class StyleFeatures(nn.ModuleList):
-    """VGG16 with batch norm up to its fourth max-pool, frozen: x (N, 3, H, W) in [-1, 1] -> feature maps
-    after each of them.
+    """VGG16 up to its fourth max-pool, frozen: x (N, 3, H, W) in [-1, 1] -> feature maps after each of them.
 
-    Built from torchvision's state dict of vgg16_bn, or of a narrower one; other entries are left aside,
-    nothing else of the network is made. Batch norms are folded into the convolutions. Raises ValueError where
-    the dict does not fit.
+    Built from torchvision's state dict of vgg16_bn, or of a narrower one, its batch norms folded into the
+    convolutions; other entries are left aside. Raises ValueError where the dict does not fit.
     """
 
     def __init__(self, state: dict):
@@ -648,8 +619,7 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
 
     Writes log.jsonl, checkpoint.pt and labelled sheets into `out`; continues from the checkpoint that lies
     there. Every random number of step i comes from rng(seed, i), so a continued run is the uninterrupted one,
-    bit for bit on the CPU. Raises ValueError where `out` holds a run of another configuration, or something
-    is not finite.
+    bit for bit on the CPU. Raises ValueError as `Run` does.
     """
     batch, relativistic = config["batch"], config["relativistic"]
     parts = adversaries(config, device)
@@ -678,8 +648,6 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
             loss = discriminator_loss(real, fake, relativistic)
             optimizer_d.zero_grad()
             loss.backward()
-            shown = {"discriminator": loss, "real": real.mean(), "fake": fake.mean()}
-            run.check(shown, discriminator.parameters())
             optimizer_d.step()
 
             # Generator: raise the score of generated images; the mask binary, neither empty nor full.
@@ -691,7 +659,10 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
                 losses.update(part_losses(config, sample, y, step, color, border))
             optimizer_g.zero_grad()
             sum(losses.values()).backward()
-            run.check({**losses, "mask_mean": sample.mask.mean()}, model.parameters())
+            # One check for both, since it waits for the device: nothing of this step is saved yet.
+            shown = {"discriminator": loss, "real": real.mean(), "fake": fake.mean(), **losses}
+            shown["mask_mean"] = sample.mask.mean()
+            run.check(shown, itertools.chain(discriminator.parameters(), model.parameters()))
             optimizer_g.step()
             discriminator.requires_grad_(True)
             for schedule in schedules:
@@ -700,8 +671,7 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
 
 
 def adversaries(config: dict, device: str) -> dict:
-    """Generator, its average, discriminator, their optimizers and learning rates, which fall to 0 in the
-    second half."""
+    """Generator, its average, discriminator, their optimizers, and rates that fall to 0 at the end."""
     torch.manual_seed(config["seed"])
     model, discriminator, average = (network.to(device, memory_format=torch.channels_last) for network in (
         build(config), Discriminator(len(config["names"])), build(config).eval()))
@@ -716,8 +686,7 @@ def adversaries(config: dict, device: str) -> dict:
 
 def part_losses(config: dict, sample: Sample, y: Tensor, step: int, color: Tensor,
                 border: Tensor) -> dict[str, Tensor]:
-    """The weighted terms beside the adversarial one: equation 3's, and the class's mean colour in x_gen and
-    in b."""
+    """The weighted terms beside the adversarial one: equation 3's, and the mean colours of x_gen and b."""
     m, warm = sample.mask.float(), min(1, step / config["binary_warmup"])
     losses = {"binary": config["binary"] * warm * binary_entropy(m),
               "mask": config["mask"] * mask_interval(m, *config["interval"]),
@@ -737,27 +706,22 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 # ----------------------------------------------------------------------------------- training on ImageNet
 
-def draw_training(model: ImagenetCGN, seed: int, indices: range
-                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise u (N, Z), labels y (N,) and patch draws (N, 36) of the training images `indices`; image i's from
-    rng(seed, i)."""
+def draw_training(model: ImagenetCGN, seed: int, indices: range) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise u (N, Z), labels y (N,) and patch draws (N, 36) of training images, image i's by rng(seed, i)."""
     u, y, draws = [], [], []
     for index in indices:
         generator = rng(seed, index)
-        u.append(draw_truncated(generator, 1, model.noise, model.truncation))
+        u.append(model.draw_noise(generator, 1))
         y.append(int(generator.integers(model.classes)))
         draws.append(generator.random(PATCHES ** 2, dtype=np.float32))
     return torch.cat(u), torch.tensor(y), torch.from_numpy(np.stack(draws))
 
 
-def micro_step(model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, u: Tensor,
-               y: Tensor, draws: Tensor, config: dict, fraction: float = 1.0
-               ) -> dict[str, Tensor]:
+def micro_step(model: ImagenetCGN, teacher: biggan.BigGAN, style: StyleFeatures, u: Tensor, y: Tensor,
+               draws: Tensor, config: dict, fraction: float = 1.0) -> dict[str, Tensor]:
     """Adds `fraction` times the gradient of equation 4's sum for a few images, drawn by `draw_training`, to
-    what the mechanisms hold; returns `fraction` times each term and the mean mask, by name.
-
-    config: the terms' weights, without, patch, relative_patch and bf16, as in PRESETS.
-    """
+    what the mechanisms hold; returns `fraction` times each term and the mean mask, by name. config: see
+    PRESETS."""
     terms = [name for name in TERMS if not any(name in WITHOUT[part] for part in config["without"])]
     found = {}
     with torch.autocast(u.device.type, torch.bfloat16, enabled=config["bf16"]):
@@ -779,10 +743,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
     """Train `model` to take the frozen teacher's images apart (section 3, C.3), no real image needed.
 
     An update's gradient is the mean over `accumulate` images, `batch` at a time, spread over the processes of
-    a group if there is one; spectral norms take one power iteration an update, so that the result does not
-    depend on how it is cut. Writes log.jsonl, checkpoint.pt (no frozen network in it) and sheets into `out`;
-    continues from there. Raises ValueError where `out` holds a run of another configuration, or something is
-    not finite.
+    a group if there is one; spectral norms take one power iteration an update: the result does not depend on
+    how it is cut. Files as `train` has them, no frozen network in the checkpoint. Raises ValueError as `Run`.
     """
     rank, ranks = rank_and_world()
     if config["accumulate"] % ranks:
@@ -808,7 +770,8 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
                 for start in range(begin, begin + share, batch):
                     for name, mean in learn(range(start, min(start + batch, begin + share))).items():
                         means[name] = means.get(name, 0) + mean
-                    run.tell(step + (start + batch - begin) / share)
+                    if start + batch < begin + share:
+                        run.tell(step + (start + batch - begin) / share)
             run.check(means, model.parameters())
             optimizer.step()
             optimizer.zero_grad()
@@ -824,9 +787,8 @@ def norms_held(model: ImagenetCGN):
 
 
 def images_at_once(learn: Callable, model: ImagenetCGN, share: int, run: Run) -> int:
-    """How many images a GPU's memory holds at once, a divisor of `share`: by what one and what two of them
-    take. The progress line then shows which share of the GPU's rate of bfloat16 matrix products is
-    reached."""
+    """How many images a GPU's memory holds at once, a divisor of `share`, by what one and what two of them
+    take. The progress line then shows the share of the GPU's rate of bfloat16 matrix products."""
     peaks = []
     for count in (1, 2):
         torch.cuda.reset_peak_memory_stats()
@@ -856,12 +818,10 @@ def matrix_rate(device: str, dtype: torch.dtype = torch.bfloat16, side: int = 81
 
 def load(source: str | os.PathLike, saliency: str | os.PathLike | None = None) -> CGN:
     """The generator of a checkpoint (of digits' the averaged one), or of the authors' cgn.pth, frozen, in
-    eval mode.
+    eval mode. It has `.config`, the run's, `.step`, `.truncation` of its noise, and the file's `.sha256`.
 
-    saliency: the file of U-2-Net, where it is not where an ImageNet checkpoint says. `.config` is its run's
-    configuration, `.truncation` that of the noise it was trained on, `.sha256` the file's. Raises ValueError
-    for a file that is none, or does not fit its configuration. The authors trained theirs with U-2-Net fed
-    [-1, 1] and align_corners=True: so it is run.
+    saliency: the file of U-2-Net, if it is not the one that the checkpoint names. The authors' was trained
+    with U-2-Net fed [-1, 1] and align_corners=True: so it is run. Raises ValueError for a file that is none.
     """
     state = read_checkpoint(source, other=True)
     if any(str(key).startswith(("f_shape.", "module.f_shape.")) for key in state):      # the authors', flat
@@ -902,13 +862,11 @@ def file_hash(path: str | os.PathLike) -> str:
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
-def draw(model: CGN, seed: int, indices: range, per_shape: int = 1
-         ) -> tuple[Tensor, Tensor, Tensor]:
+def draw(model: CGN, seed: int, indices: range, per_shape: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Noise u (3, N, Z), labels y (3, N) and arrangements (N, 2, cells) of the counterfactuals `indices`.
 
-    Image i takes them from rng(seed, i); the shape's u and label come from the first image of its group of
-    `per_shape` (section 2.2: fix u, draw the other mechanisms again; 1 gives interventional images, section
-    2.3).
+    Image i takes them from rng(seed, i), the shape's u and label from the first image of its group of
+    `per_shape` (section 2.2: u is fixed, other mechanisms drawn again; 1 gives 2.3's interventional images).
     """
     drawn = [model.draw(rng(seed, index)) for index in indices]
     u, y, arrangement = (torch.stack(part, dim=dim) for part, dim in zip(zip(*drawn), (1, 1, 0)))
@@ -921,37 +879,46 @@ def draw(model: CGN, seed: int, indices: range, per_shape: int = 1
 
 
 @torch.no_grad()
-def counterfactual_batch(model: CGN, seed: int, part: range, per_shape: int = 10,
-                         at_once: int | None = None) -> tuple[Sample, Tensor]:
-    """The counterfactuals `part`, N of them, and their labels (3, N): what `draw` gives, each mask made once;
-    `at_once` pictures at a time, by default all."""
-    device, per_shape = next(model.parameters()).device, per_shape if model.independent else 1
-    u, y, arrangement = (drawn.to(device) for drawn in draw(model, seed, part, per_shape))
-    groups = torch.arange(part.start, part.stop, device=device) // per_shape
-    _, inverse, counts = groups.unique_consecutive(return_inverse=True, return_counts=True)
+def make(model: CGN, u: Sequence[Tensor], y: Sequence[Tensor], arrangement: Tensor,
+         at_once: int | None = None) -> Sample:
+    """What a model makes of noise u (3, N, Z), labels y (3, N) or class weights (3, N, C), and arrangements
+    (N, 2, cells): `at_once` pictures at a time, by default all, and one mask for neighbours that share its
+    noise and label."""
+    device = next(model.parameters()).device
+    u, y = ([part.to(device) for part in three] for three in (u, y))
+    arrangement = arrangement.to(device)
+    shapes = torch.cat([u[0], y[0].reshape(len(u[0]), -1)], dim=1)
+    _, inverse, counts = shapes.unique_consecutive(return_inverse=True, return_counts=True, dim=0)
     first = counts.cumsum(0) - counts
 
-    def make(mechanism: Callable, *inputs: Tensor) -> Tensor:
-        return torch.cat([mechanism(*chunk) for chunk in zip(*(x.split(at_once or len(x)) for x in inputs))])
+    def made(mechanism: Callable, *inputs: Tensor) -> list:
+        return [mechanism(*chunk) for chunk in zip(*(x.split(at_once or len(x)) for x in inputs))]
 
-    m = make(lambda u, y: model.shape(u, y)[0], u[0, first], y[0, first])[inverse]
-    f, b = make(model.texture, u[1], y[1], arrangement), make(model.background, u[2], y[2], arrangement)
-    return Sample(m, f, b, compose(m, f, b)), y.cpu()
+    masks, pre_masks = zip(*made(model.shape, u[0][first], y[0][first]))
+    m, pre_mask = (torch.cat(part)[inverse] if part[0] is not None else None for part in (masks, pre_masks))
+    f, b = (torch.cat(made(mechanism, u_k, y_k, arrangement))
+            for mechanism, u_k, y_k in ((model.texture, u[1], y[1]), (model.background, u[2], y[2])))
+    return Sample(m, f, b, compose(m, f, b), pre_mask)
+
+
+def counterfactual_batch(model: CGN, seed: int, part: range, per_shape: int = 10,
+                         at_once: int | None = None) -> tuple[Sample, Tensor]:
+    """The counterfactuals `part`, N of them, and their labels (3, N); see `draw` and `make`."""
+    u, y, arrangement = draw(model, seed, part, per_shape)
+    return make(model, u, y, arrangement, at_once), y
 
 
 def counterfactuals(model: CGN, count: int, seed: int = 0, per_shape: int = 10, at_once: int = 100
                     ) -> mnist_variants.Variant:
-    """`count` counterfactual images with the label of each mechanism, `per_shape` of them sharing one shape,
-    in memory.
+    """`count` counterfactual images with each mechanism's label, `per_shape` of them sharing one shape.
 
     A pure function of (weights, seed, index): image i does not depend on `count`, nor, to float error, on
-    `at_once`. From a GAN, which has no mechanisms, they are plain samples, and the three labels agree.
-    ValueError for a count below 1.
+    `at_once`. A GAN gives plain samples, whose three labels agree. ValueError for a count below 1.
     """
     check_counts(count, per_shape)
     images = torch.empty(count, 3, model.resolution, model.resolution, dtype=torch.uint8)
     labels = torch.empty(3, count, dtype=torch.long)
-    for start in range(0, count, at_once):
+    for start in watched(range(0, count, at_once), "counterfactuals"):
         part = range(start, min(start + at_once, count))
         sample, labels[:, part.start:part.stop] = counterfactual_batch(model, seed, part, per_shape)
         images[part.start:part.stop] = to_uint8(sample.image)
@@ -968,9 +935,8 @@ def write_counterfactuals(model: CGN, out: Path, count: int, seed: int = 0, per_
     """Write counterfactuals as a folder: 00000000.png and so on, and labels.csv when all are there.
 
     parts: of mask, foreground and background, what is written as well: 00000000-mask.png and so on. Processes
-    with RANK and WORLD_SIZE in their environment (torchrun) share the work, and need not meet; what an
-    interrupted run has written is not made again. Raises ValueError for a count or per_shape below 1 and for
-    a folder of other settings.
+    of torchrun share the work by RANK and WORLD_SIZE, and need not meet; what is there is not made again.
+    Raises ValueError for a count or per_shape below 1 and for a folder of other settings.
     """
     check_counts(count, per_shape)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -983,7 +949,7 @@ def write_counterfactuals(model: CGN, out: Path, count: int, seed: int = 0, per_
         raise ValueError(f"{out} holds counterfactuals of other weights, another seed, --per-shape, "
                          "--truncation or precision: choose another --out")
     group = -(-at_once // per_shape) * per_shape                            # whole: a mask is made once
-    for start in range(rank * group, count, ranks * group):
+    for start in watched(range(rank * group, count, ranks * group), "counterfactuals"):
         part = range(start, min(start + group, count))
         paths = {name: [out / f"{index:08d}{suffix}.png" for index in part]
                  for name, suffix in (("image", ""), *((name, f"-{name}") for name in parts))}
@@ -1017,20 +983,11 @@ def to_uint8(images: Tensor) -> Tensor:
 COLUMNS = ("pre-mask", "m", "f", "b", "x_gen")
 
 
-@torch.no_grad()
-def render(model: CGN, u: Sequence[Tensor], y: Sequence[Tensor], arrangement: Tensor
-           ) -> dict[str, Tensor]:
-    """What one call makes of triples u and y, by the names in COLUMNS that it has, each (N, 3, R, R) uint8 on
-    the CPU; a few at a time."""
-    device, at_once, rows = next(model.parameters()).device, max(1, 2 ** 17 // model.resolution ** 2), {}
-    for place in range(0, len(arrangement), at_once):
-        part = slice(place, place + at_once)
-        u_k, y_k = ([tensor[part].to(device) for tensor in three] for three in (u, y))
-        sample = model(u_k, y_k, arrangement[part].to(device))
-        for name, images in zip(COLUMNS, (sample.pre_mask, sample.mask * 2 - 1, *sample[1:4])):
-            if images is not None:
-                rows.setdefault(name, []).append(to_uint8(images.expand(-1, 3, -1, -1)).cpu())
-    return {name: torch.cat(parts) for name, parts in rows.items()}
+def render(model: CGN, u: Sequence[Tensor], y: Sequence[Tensor], arrangement: Tensor) -> dict[str, Tensor]:
+    """What `make` makes, by the names in COLUMNS that the model has: (N, 3, R, R) uint8 on the CPU."""
+    sample = make(model, u, y, arrangement, max(1, 2 ** 17 // model.resolution ** 2))
+    parts = zip(COLUMNS, (sample.pre_mask, sample.mask * 2 - 1, *sample[1:4]))
+    return {name: to_uint8(part.expand(-1, 3, -1, -1)).cpu() for name, part in parts if part is not None}
 
 
 def save_sheet(model: CGN, path: Path, images: Tensor, rows: list[str], columns: list[str]) -> Path:
@@ -1041,9 +998,9 @@ def save_sheet(model: CGN, path: Path, images: Tensor, rows: list[str], columns:
 
 def class_sheet(model: CGN, labels: Sequence[int], names: Sequence[str], path: Path, seed: int,
                 plain: int = 3, mixed: int = 8, teacher: nn.Module | None = None) -> Path:
-    """A row for each of the labels: what each mechanism makes of `plain` draws of that class, then `mixed`
-    counterfactuals with its shape. teacher: its images x_gt of the same u and y stand beside them (Figures 5,
-    8-19, 25-29), and one u serves all three mechanisms, as in training."""
+    """A row for each of the labels: what each mechanism makes of `plain` draws of that class, a teacher's
+    images of them (Figures 5, 8-19, 25-29), and `mixed` counterfactuals with its shape. On ImageNet one u
+    serves all mechanisms of plain draws, as in training."""
     count = max(plain, mixed)
     u, y, arrangement = draw(model, seed, range(len(labels) * count))
     y[0] = torch.tensor(labels).repeat_interleave(count)
@@ -1109,10 +1066,65 @@ def triples(model: CGN, labels: Sequence[Sequence[int]], seed: int = 0, columns:
     return torch.stack([render(model, u, row, arrangement)["x_gen"] for row in y])
 
 
+# ---------------------------------------------------------------------------- counterfactuals of a photo
+
+@torch.no_grad()
+def recompose(model: ImagenetCGN, photo: Image.Image, u: Tensor, texture: int | None = None,
+              background: int | None = None) -> Tensor:
+    """Equation 2 with a person's own photo, RGB: x (3, H, W) uint8, at the photo's size.
+
+    m is what U-2-Net finds in the photo. f and b are the photo itself or, for a class, drawn with u (3, Z)
+    and scaled to it: another texture on the same object, the object before another background.
+    """
+    device = next(model.parameters()).device
+    own = to_float(F_image.pil_to_tensor(photo)[None].to(device))           # (1, 3, H, W)
+    side = u2net.SIDE if model.resolution > mnist_variants.SIZE else mnist_variants.SIZE
+    m = F_image.to_tensor(u2net.saliency(model.u2net, photo, side)).to(device)      # (1, H, W)
+
+    def part(mechanism: Callable, u: Tensor, label: int | None) -> Tensor:
+        if label is None:
+            return own
+        made = mechanism(u[None].to(device), torch.tensor([label], device=device))
+        return F.interpolate(made, own.shape[2:], mode="bilinear", antialias=True)
+
+    f, b = part(model.texture, u[1], texture), part(model.background, u[2], background)
+    return to_uint8(compose(m[None], f, b))[0].cpu()
+
+
+def write_photos(model: ImagenetCGN, folder: str | os.PathLike, out: Path, seed: int = 0,
+                 texture: int | str | None = None, background: int | str | None = None) -> Tensor:
+    """`recompose` each picture of a folder with a subfolder a class, as a folder with labels.csv, on which
+    the ensemble trains. Returns up to ten of them and what they became, (2, 10, 3, R, R) uint8.
+
+    texture, background: a class, "any" (one drawn for each picture) or None (its own). Picture i is drawn by
+    rng(seed, i). Raises ValueError for classes that the model does not know.
+    """
+    names, held = class_names(model), mnist_variants.class_names(folder)
+    known = range(len(names))               # of all classes the order is the same, as of WordNet's numbers
+    if len(held) < len(names):
+        known = [parse_classes(name, names, 1)[0] for name in held]
+    rows, files, shown = ["file,shape,texture,background"], mnist_variants.labelled_files(folder), []
+    step = -(-len(files) // 10)
+    for index in watched(range(len(files)), "photos"):
+        path, (label,) = files[index]
+        photo, (u, y, _) = u2net.open_photo(path, smallest=1), model.draw(rng(seed, index))
+        chosen = [y_k.item() if asked == "any" else asked for y_k, asked in zip(y[1:], (texture, background))]
+        image = recompose(model, photo, u, *chosen)
+        mnist_variants.save_png(out / f"{index:08d}.png", F_image.to_pil_image(image))
+        labels = [known[label] if choice is None else choice for choice in (None, *chosen)]
+        rows.append(f"{index:08d}.png,{','.join(map(str, labels))}")
+        if index % step == 0:
+            pair = F_image.pil_to_tensor(photo), image
+            shown.append(torch.stack([F_image.resize(x, [model.resolution] * 2) for x in pair]))
+    mnist_variants.write_file(out / "settings.json", json.dumps({"names": names, "seed": seed}).encode())
+    mnist_variants.write_file(out / "labels.csv", ("\n".join(rows) + "\n").encode())
+    return torch.stack(shown, dim=1)
+
+
 # ------------------------------------------------------------------------------------------- command line
 
 NETWORKS = ("teacher", "saliency", "style", "inception")
-DRAWINGS = ("counterfactuals", "interpolate", "triples", "outputs")
+DRAWINGS = ("counterfactuals", "interpolate", "triples", "outputs", "photo")
 # Shape, texture and background of Figure 24's pictures, row by row: school bus, giant panda, geyser, and so
 # on.
 FIGURE_24 = """
@@ -1124,7 +1136,8 @@ EVERY = {"out", "seed", "device", "threads", "bf16", "batch"}
 TRAINING = EVERY | {"dataset", "steps", "set", "dry_run"}
 DIGITS = TRAINING | {"textures", "variance", "mnist", "model", "margin", "interval"}
 IMAGENET = TRAINING | {"mini", "short", "without", "truncation"}
-SAMPLING = EVERY | {"checkpoint", "per_shape", "parts", "classes", "truncation", *DRAWINGS}
+SAMPLING = EVERY | {"checkpoint", "per_shape", "parts", "classes", "truncation", *DRAWINGS, "texture",
+                    "background"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1167,6 +1180,10 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--triples", nargs="+", metavar="SHAPE,TEXTURE,BACKGROUND", help="write a sheet of "
                           "them, numbers or names: 9,949,983; or of Figure 24: figure24")
     sampling.add_argument("--outputs", metavar="CLASS", help="write a sheet of what each mechanism makes")
+    sampling.add_argument("--photo", metavar="PATH", help="a photo to change, or a folder with a "
+                          "subfolder a class")
+    sampling.add_argument("--texture", metavar="CLASS", help="its object's, or any (default: its own)")
+    sampling.add_argument("--background", metavar="CLASS", help="its background, or any (default: its own)")
     return parser
 
 
@@ -1292,26 +1309,31 @@ def find_network(name: str | os.PathLike) -> Path:
 
 
 def find_networks(names: Sequence[str]) -> list[Path]:
-    """The files of all networks, fetched where they must be, the first process before the others. Says first
-    what is there and what is not. Raises one ValueError that names all that cannot be had."""
-    rank, ranks = rank_and_world()
-    if rank == 0:
+    """The files of all networks, fetched where they must be. Says first what is there, what is not, and what
+    disk the run needs. Raises one ValueError that names all that cannot be had."""
+    if rank_and_world()[0] == 0:
         table = HERE / "weights.txt"
         lines = table.read_text().splitlines() if table.exists() else ()
         listed = {row[0]: row for row in (line.split(" | ") for line in lines) if len(row) == 6}
+        sizes = []
         for name in names:
             _, size, _, _, address, _ = listed.get(name, ["", "?", "", "", "nowhere", ""])
-            here = Path(name).exists() or (WEIGHTS / name).exists()
-            print(f"{name}: {'here' if here else f'{size} bytes, to be fetched from {address}'}")
+            held = next((path for path in (Path(name), WEIGHTS / name) if path.exists()), None)
+            sizes.append(held.stat().st_size if held else size)
+            print(f"{name}: {'here' if held else f'{size} bytes, to be fetched from {address}'}")
+        # Three mechanisms with Adam's two moments, and once more while a checkpoint is replaced.
+        need = f"{18 * int(sizes[0]) / 1e9:.1f} GB" if str(sizes[0]).isdecimal() else "18 times the teacher"
+        print(f"checkpoints need {need} of disk; {shutil.disk_usage(HERE).free / 1e9:.1f} GB are free here")
     found, missing = [], []
-    for turn in (0, 1) if ranks > 1 else (0,):
-        for name in names if (rank > 0) == turn else ():
+
+    def find() -> None:
+        for name in names:
             try:
                 found.append(find_network(name))
             except ValueError as error:
                 missing.append(str(error))
-        if ranks > 1:
-            distributed.barrier()
+
+    in_turn(find)
     if missing:
         remedy = "python miniature.py teacher saliency style makes them" if "mini" in str(missing) else (
             "--mini runs now, with networks that are here")
@@ -1358,11 +1380,12 @@ def _sample(args: argparse.Namespace, drawings: list[str]) -> None:
     model = load(args.checkpoint).to(device)
     if args.truncation is not None:
         model.truncation = args.truncation
-    elif drawings[:1] not in (["counterfactuals"], ["interpolate"]):
+    elif drawings[:1] not in (["counterfactuals"], ["interpolate"], ["photo"]):
         model.truncation = SHEET_TRUNCATION
     args.bf16, args.seed = bf16_pays(args.bf16, device), args.seed or 0
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
-        (_data_set if drawings == ["counterfactuals"] else _sheet)(args, model, *drawings)
+        run = {"counterfactuals": _data_set, "photo": _photo}.get(*drawings or [None], _sheet)
+        run(args, model, *drawings)
 
 
 def _data_set(args: argparse.Namespace, model: CGN, _: str) -> None:
@@ -1385,6 +1408,31 @@ def _data_set(args: argparse.Namespace, model: CGN, _: str) -> None:
     else:
         write_counterfactuals(model, out, count, args.seed, per_shape, at_once, args.parts or (), args.bf16)
     print(f"wrote {out} and {preview}")
+
+
+def _photo(args: argparse.Namespace, model: CGN, _: str) -> None:
+    one_process("--photo")
+    if not hasattr(model, "u2net"):
+        raise ValueError(f"{args.checkpoint} has no U-2-Net, which finds a photo's object: ImageNet's have")
+    if args.texture is args.background is None:
+        raise ValueError("--photo needs a --texture or a --background: a class, or any")
+    names = class_names(model)
+    asked = [text if text in (None, "any") else parse_classes(text, names, 1)[0]
+             for text in (args.texture, args.background)]
+    if Path(args.photo).is_dir():
+        out = Path(args.out or HERE / "photos")
+        if out.resolve() == Path(args.photo).resolve():
+            raise ValueError(f"--out {out} is what is read: choose another folder")
+        shown = write_photos(model, args.photo, out, args.seed, *asked)
+        preview, columns = out.with_name(f"{out.name}-preview.png"), [str(k) for k in range(shown.shape[1])]
+        save_sheet(model, preview, shown, ["photo", "counterfactual"], columns)
+    else:
+        out = check_output(args.out or HERE / "photo.png", args.checkpoint, args.photo)
+        u, y, _ = model.draw(rng(args.seed, 0))
+        labels = [label.item() if text == "any" else text for label, text in zip(y[1:], asked)]
+        picture = recompose(model, u2net.open_photo(args.photo), u, *labels)
+        mnist_variants.save_png(out, F_image.to_pil_image(picture))
+    print(f"wrote {out}")
 
 
 def _sheet(args: argparse.Namespace, model: CGN, what: str = "sheet") -> None:

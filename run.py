@@ -101,14 +101,10 @@ class Run:
             raise ValueError(f"{self.folder} is in use by another process: choose another --out") from None
 
     def _continue(self) -> int:
-        """Load the checkpoint, if there is one, and return its step; the first process of a group before the
-        others."""
+        """Load the checkpoint, if there is one, and return its step."""
+        first = in_turn(self._load)
         if self.ranks == 1:
-            return self._load()
-        for turn in (0, 1):
-            if (self.rank > 0) == turn:
-                first = self._load()
-            distributed.barrier()
+            return first
         found = [None] * self.ranks
         distributed.all_gather_object(found, first)
         if len(set(found)) > 1:
@@ -207,6 +203,19 @@ class Run:
         print(_return() + text, end="" if _return() else "\n", flush=True)
 
 
+def watched(indices: range, what: str) -> Iterator[int]:
+    """The indices, with a line of progress after five seconds, and then every thirty; none for an empty
+    name."""
+    started = time.time()
+    due = started + 5
+    for done, index in enumerate(indices):
+        if what and time.time() > due:
+            left = (time.time() - started) * (len(indices) / done - 1) / 60
+            print(f"{what}: {index} of {indices.stop}, {left:.1f} min left", flush=True)
+            due = time.time() + 30
+        yield index
+
+
 def is_due(step: int, marks: Sequence[int]) -> bool:
     """Whether a step is one of the marks, or a multiple of the last of them."""
     return step in marks or step % marks[-1] == 0
@@ -302,6 +311,17 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
 
 
+def in_turn(work: Callable):
+    """What work() gives; in a group the first process goes before the others."""
+    rank, ranks = rank_and_world()
+    if rank > 0:
+        distributed.barrier()
+    done = work()
+    if rank == 0 and ranks > 1:
+        distributed.barrier()
+    return done
+
+
 def join_group(device: Optional[str]) -> str:
     """Join the other processes where torchrun has started this one, each with a GPU of its own, before any
     device is touched; returns the device to use, see `find_device`."""
@@ -323,10 +343,11 @@ def one_process(what: str) -> None:
 
 
 def find_device(name: Optional[str] = None) -> str:
-    """The device of that name; auto or None: cuda where there is one, else cpu. Raises ValueError where it is
-    not here."""
+    """The device of that name; auto or None: cuda where there is one, else mps, else cpu. Raises ValueError
+    where it is not here."""
     if name in (None, "auto"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        apple = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
         torch.zeros(1, device=name).item()
     except Exception:                       # each kind of device has errors of its own
@@ -372,6 +393,8 @@ def command(parser: argparse.ArgumentParser, main: Callable, argv: Optional[list
         main(args)
     except torch.OutOfMemoryError:
         parser.error("the GPU's memory is full: give a smaller --batch, or another --device")
+    except NotImplementedError as error:        # mps has not all operations
+        parser.error(f"{str(error).splitlines()[0]}: give --device cpu")
     except RuntimeError as error:
         parser.error(lost_process(error))
     except (ValueError, OSError) as error:
