@@ -37,7 +37,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torchvision import transforms
@@ -48,7 +47,7 @@ import evaluate
 import mnist_variants
 import u2net
 from run import (Run, append_row, bf16_pays, check_output, command, find_device, join_group, one_process,
-                 override, rank_and_world, read_checkpoint, read_lines, refuse_options, save_state)
+                 override, rank_and_world, read_checkpoint, read_lines, refuse_options, save_state, watched)
 
 RUNS = Path(__file__).parent / "runs"
 LABELS = ("shape", "foreground", "background")
@@ -62,6 +61,7 @@ TABLES = {
     "seeds": [0, 1, 2], "label": "shape",       # of data, generator and classifier; what the last reads
     "variance": mnist_variants.COLOR_VARIANCE, "mnist": str(mnist_variants.ROOT),
     "generator_steps": 0}           # of a missing CGN or GAN; 0: as in cgn.PRESETS
+VARIETY = {"count": 2000, "seeds": [], "reader": "reader.pth", "mnist": str(mnist_variants.ROOT)}
 MECHANISMS = {**TABLES, "count": 5000, "seeds": [], "splits": 10, "inception": ""}
 ENSEMBLE = {                        # the paper's (C.4)
     "network": "resnet50", "weights": "resnet50-0676ba61.pth",      # torchvision's, or weights=random
@@ -70,7 +70,6 @@ ENSEMBLE = {                        # the paper's (C.4)
     "epochs": 70, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "smoothing": 0.0,   # of all labels
     "milestones": [30, 60], "decay": 0.001,     # after these epochs the rate is multiplied by it
     "side": 224, "per_shape": 1, "seeds": [0], "save_every": 0}     # steps between checkpoints; 0: an epoch
-JUDGING = {"splits": 10, "inception": cgn.PRESETS["imagenet"]["inception"]}
 
 Source = tuple[Tensor, Tensor, int]         # uint8 images (N, 3, 32, 32), labels (N,), how many in a batch
 Batch = list[tuple[Tensor, Tensor]]         # of each source images (n, 3, 32, 32) in [-1, 1], labels (n,)
@@ -114,8 +113,7 @@ class Unlearner(nn.Module):
     """LNTL's classifier (Kim et al., 2019), whose features a second head searches for colours.
 
     Image and features are normalised in each image: else the reversal shrinks the features to nothing, or
-    colours hide in averages. The head sees `view` of the features' 14 rows and columns, enough to tell a
-    bright stroke from a dark gap.
+    colours hide in averages. The head sees `view` of their 14 rows and columns: a stroke and its gaps.
     """
 
     def __init__(self, view: int):
@@ -134,10 +132,10 @@ def fit(model: nn.Module, batches: Callable, objective: Callable, steps: int, op
         bf16: bool = False, device: str = "cpu", report: str = "") -> nn.Module:
     """Train a classifier, a beta-VAE or a network of the miniature; returns it in eval mode.
 
-    batches(step)                               gives what the objective reads, on the device
-    objective(model, batch, progress 0 .. 1)    the loss, a scalar, in bfloat16 where `bf16`
-    optimizers(model, steps)                    pairs of an optimizer and its schedule, or None
-    report                                      begins lines of progress; none where it is empty
+    batches(step)               gives what the objective reads, on the device
+    objective(model, batch, progress 0 .. 1)            the loss, a scalar, in bfloat16 where `bf16`
+    optimizers(model, steps)    pairs of an optimizer and its schedule, or None; of all parameters
+    report                      begins lines of progress; none where it is empty
     """
     model.to(device).train()
     pairs = optimizers(model, steps)
@@ -145,26 +143,13 @@ def fit(model: nn.Module, batches: Callable, objective: Callable, steps: int, op
         batch = batches(step)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             loss = objective(model, batch, step / steps)
-        for optimizer, _ in pairs:
-            optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         for optimizer, schedule in pairs:
             optimizer.step()
             if schedule:
                 schedule.step()
     return model.eval()
-
-
-def watched(indices, what):
-    """Indices of a range, with a line of progress after five seconds, and then every thirty."""
-    started = time.time()
-    due = started + 5
-    for done, index in enumerate(indices):
-        if what and time.time() > due:
-            left = (time.time() - started) * (len(indices) / done - 1) / 60
-            print(f"{what}: {index} of {indices.stop}, {left:.1f} min left", flush=True)
-            due = time.time() + 30
-        yield index
 
 
 def adadelta(model, steps, *, lr, decay, epochs):
@@ -201,7 +186,7 @@ def mixed(sources: Sequence[Source], seed: int, device: str) -> Callable[[int], 
 # ---------- objectives, and the methods of Table 2
 
 def erm(model: nn.Module, batch: Batch, progress: float) -> Tensor:
-    """Empirical risk: the mean cross-entropy of all images of all sources. A scalar."""
+    """Empirical risk: the mean cross-entropy of all sources' images. A scalar."""
     x, y = map(torch.cat, zip(*batch))
     return F.cross_entropy(model(x).float(), y)
 
@@ -239,9 +224,9 @@ def lntl(model: Unlearner, batch: Batch, progress: float, *, reversal: float) ->
 
 
 def brighter_channels(x: Tensor) -> Tensor:
-    """LNTL's target: images (N, 3, H, W) -> where the digit is brighter than the background, (N,): red counts
-    4, green 2, blue 1. The background's colour is the median, the digit's the farthest from it. This is all
-    that a normalised image still has of its two colours."""
+    """LNTL's target, all that a normalised image has of its two colours: images (N, 3, H, W) -> where the
+    digit is brighter than the background, (N,): red counts 4, green 2, blue 1. The background's colour is the
+    median, the digit's the farthest from it."""
     pixels = x.flatten(2)
     background = pixels.median(dim=2).values
     farthest = (pixels - background[:, :, None]).abs().sum(dim=1).argmax(dim=1)
@@ -328,9 +313,9 @@ def load_source(args, dataset, name, place, seed):
 
 def generated(args, dataset, kind, seed):
     """--counterfactuals, or images of --cgn, or of a CGN or GAN below --runs, which is trained first."""
-    checkpoint = args.cgn
     if kind == "cgn" and args.counterfactuals:
         return read_counterfactuals(args.counterfactuals[0])
+    checkpoint = args.cgn
     if kind == "gan" or not checkpoint:
         checkpoint = args.runs / f"{dataset}-{kind}-{seed}" / "checkpoint.pt"
         options = {"dataset": dataset, "model": kind, "out": checkpoint.parent, "mnist": args.mnist,
@@ -381,14 +366,15 @@ def row_key(args, dataset, name, seed, label):
 
 def cell(args, dataset, name, seed, label, splits=("train", "val", "test")):
     """One cell of Table 2: train a classifier to read `label`, keep it, and measure its accuracies. Returns a
-    row of results.jsonl; one with the same key is not computed again. A split such as test@0.9 is an
-    environment whose labels agree in 90 %: there the shape's is to be found, whatever was learned."""
+    row of results.jsonl; one with the same key is not computed again. In an environment such as test@0.9,
+    whose labels agree in 90 %, the shape's is to be found, whatever was learned."""
     key, results, start = row_key(args, dataset, name, seed, label), args.runs / "results.jsonl", time.time()
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:8]
     path = args.runs / f"{dataset}-{name}-{seed}-{digest}" / "classifier.pth"
-    rows = [row for row in read_lines(results) if key.items() <= row.items() and {*splits} <= row.keys()]
-    if not rows:
-        rows, sources = [dict(key)], []
+    found = [row for row in read_lines(results) if key.items() <= row.items() and {*splits} <= row.keys()]
+    row = found[0] if found else dict(key)
+    if not found:
+        sources = []
         for place, (source, count) in enumerate(METHODS[name].batch.items()):
             data = load_source(args, dataset, source, place, seed)
             sources.append((data.images, getattr(data, label), count))
@@ -398,13 +384,13 @@ def cell(args, dataset, name, seed, label, splits=("train", "val", "test")):
             part, _, agreement = split.partition("@")
             data = load(args, dataset, part, float(agreement) if agreement else None, seed)
             wanted = data.shape if agreement else getattr(data, label)
-            rows[0][split] = evaluate.accuracy(predict(model, data.images), wanted)
+            row[split] = evaluate.accuracy(predict(model, data.images), wanted)
         save_state(path, model.state_dict())
-        append_row(results, {**rows[0], "seconds": round(time.time() - start), "device": args.device,
+        append_row(results, {**row, "seconds": round(time.time() - start), "device": args.device,
                              "torch": torch.__version__, "threads": torch.get_num_threads(),
                              "processor": platform.processor()})                    # noted, not compared
-    print(f"{path}: {', '.join(f'{split} {100 * rows[0][split]:.1f} %' for split in splits)}", flush=True)
-    return rows[0]
+    print(f"{path}: {', '.join(f'{split} {100 * row[split]:.1f} %' for split in splits)}", flush=True)
+    return row
 
 
 def mean_std(rows, split):
@@ -415,17 +401,17 @@ def mean_std(rows, split):
 
 def table2(args):
     """Print Table 2: train and test accuracy in percent, mean and sample standard deviation over seeds."""
-    rows, table = {}, {method: {} for method in args.method}
-    for dataset, seed, method in itertools.product(args.dataset, args.seeds, args.method):
-        rows.setdefault((dataset, method), []).append(cell(args, dataset, method, seed, args.label))
-    for (dataset, method), split in itertools.product(rows, ("train", "test")):
-        table[method][f"{dataset}: {split}"] = mean_std(rows[dataset, method], split)
+    table = {}
+    for dataset, method in itertools.product(args.dataset, args.method):
+        rows = [cell(args, dataset, method, seed, args.label) for seed in args.seeds]
+        for split in ("train", "test"):
+            table.setdefault(method, {})[f"{dataset}: {split}"] = mean_std(rows, split)
     evaluate.print_table(f"{args.label} label", table)
 
 
 def table5(args):
-    """Print Table 5 (H). Which signal is the cause? Of three classifiers, each trained on counterfactuals for
-    another label, the one that finds the class as well in all environments reads it."""
+    """Print Table 5 (H): of three classifiers, each trained on counterfactuals for another label, the one
+    that finds the class as well in all environments reads the cause."""
     splits, table = [f"test@{agreement}" for agreement in CAUSE], {}
     for dataset, label in itertools.product(args.dataset, LABELS):
         rows = [cell(args, dataset, "cgn", seed, label, splits) for seed in args.seeds]
@@ -462,66 +448,44 @@ def vae_loss(x: Tensor, made: Tensor, mean: Tensor, log_variance: Tensor, beta: 
     return (error + beta * divergence).mean()
 
 
-def figure6(args, dataset, path):
+def figure6(args):
     """Figure 6 (A.1) as a PNG: training images, and what a beta-VAE makes of a grid of two latents, -2 .. 2.
     Along each axis colour and digit change together, as the data never show them apart."""
-    seed, device = args.seeds[0], args.device
-    data = load(args, dataset, "train", None, seed)
-    torch.manual_seed(seed)
-
-    def batches(step):
-        generator = cgn.rng(seed, step)
-        rows = torch.from_numpy(generator.integers(len(data.images), size=BATCH))
-        noise = torch.from_numpy(generator.standard_normal((BATCH, 2), dtype=np.float32))
-        return cgn.to_float(data.images[rows]).to(device), noise.to(device)
-
-    model = fit(VAE().to(memory_format=torch.channels_last), batches,
-                lambda model, batch, _: vae_loss(batch[0], *model(*batch), BETA), args.steps,
-                lambda model, _: [(torch.optim.Adam(model.parameters(), 1e-3), None)],
-                device=device, report="beta-VAE")
-    axis = torch.linspace(-2, 2, 10)
+    seed, device, axis = args.seeds[0], args.device, torch.linspace(-2, 2, 10)
     rows, columns = ([f"z{k} = {value:.1f}" for value in axis.tolist()] for k in (1, 2))
-    with torch.no_grad():
-        made = cgn.to_uint8(model.decoder(torch.cartesian_prod(axis, axis).to(device))).cpu()
-    examples = torch.stack([data.images[data.shape == digit][:5] for digit in range(10)])
-    sheet = torch.cat([examples, made.unflatten(0, (10, 10))], dim=1)
-    mnist_variants.save_sheet(path, sheet, rows, ["data"] * 5 + columns)
+    for dataset in args.dataset:
+        path = check_output(args.runs / f"figure6-{dataset}.png")
+        data = load(args, dataset, "train", None, seed)
+
+        def batches(step):
+            generator = cgn.rng(seed, step)
+            chosen = torch.from_numpy(generator.integers(len(data.images), size=BATCH))
+            noise = torch.from_numpy(generator.standard_normal((BATCH, 2), dtype=np.float32))
+            return cgn.to_float(data.images[chosen]).to(device), noise.to(device)
+
+        torch.manual_seed(seed)
+        model = fit(VAE().to(memory_format=torch.channels_last), batches,
+                    lambda model, batch, _: vae_loss(batch[0], *model(*batch), BETA), args.steps,
+                    lambda model, _: [(torch.optim.Adam(model.parameters(), 1e-3), None)],
+                    device=device, report="beta-VAE")
+        with torch.no_grad():
+            made = cgn.to_uint8(model.decoder(torch.cartesian_prod(axis, axis).to(device))).cpu()
+        examples = torch.stack([data.images[data.shape == digit][:5] for digit in range(10)])
+        sheet = torch.cat([examples, made.unflatten(0, (10, 10))], dim=1)
+        mnist_variants.save_sheet(path, sheet, rows, ["data"] * 5 + columns)
+        print(f"wrote {path}")
 
 
-def figure7(args, dataset, path):
-    """Figure 7 as a PNG: test accuracy of original+cgn against the number of counterfactuals, for 1 a shape
-    and for 10: a tenth of --count, --count, and for 10 ten times --count."""
-    curves, asked = {}, copy.copy(args)
-    for asked.per_shape, share in ((1, 0.1), (1, 1), (10, 0.1), (10, 1), (10, 10)):
-        asked.count = round(share * args.count)
-        row = cell(asked, dataset, "original+cgn", args.seeds[0], args.label, ("test",))
-        curves.setdefault(f"{asked.per_shape} per shape", []).append((asked.count, 100 * row["test"]))
-    save_curves(path, curves, f"{dataset}: test accuracy [%] against counterfactual images")
-
-
-def save_curves(path: Path, curves: dict[str, list[tuple[float, float]]], title: str) -> None:
-    """Two named curves of points (x > 0, y in percent) as a PNG, x on a logarithmic scale."""
-    xs, ys = zip(*(point for curve in curves.values() for point in curve))
-    x_low, x_high, y_low = math.log10(min(xs)), math.log10(max(xs)), min(95, int(min(ys) // 5 * 5))
-
-    def place(x, y):
-        across = (math.log10(x) - x_low) / max(x_high - x_low, 1e-9)
-        return 60 + 430 * across, 320 - 280 * (y - y_low) / (100 - y_low)
-
-    picture, font = Image.new("RGB", (620, 360), "white"), ImageFont.load_default(13)
-    draw = ImageDraw.Draw(picture)
-    draw.text((60, 10), title, "black", font)
-    for y in range(y_low, 101, 5 if y_low >= 60 else 10):
-        draw.line([place(min(xs), y), place(max(xs), y)], "#dddddd")
-        draw.text((20, place(min(xs), y)[1] - 8), str(y), "black", font)
-    for x in {*xs}:
-        draw.text((place(x, y_low)[0] - 15, 328), f"{x:,}", "black", font)
-    for row, ((name, curve), color) in enumerate(zip(curves.items(), ("#0072b2", "#d55e00"))):
-        draw.text((500, 40 + 20 * row), name, color, font)
-        draw.line([place(*point) for point in curve], color, 2)
-        for x, y in (place(*point) for point in curve):
-            draw.ellipse([x - 4, y - 4, x + 4, y + 4], outline=color, width=2)
-    mnist_variants.save_png(path, picture)
+def figure7(args):
+    """Print Figure 7 (A.3): test accuracy of original+cgn in percent by the number of counterfactuals, of
+    which 1 or 10 share a shape: a tenth of --count, --count, and ten times that."""
+    for dataset in args.dataset:
+        table, asked = {}, copy.copy(args)
+        for asked.per_shape, share in ((1, 0.1), (1, 1), (10, 0.1), (10, 1), (10, 10)):
+            asked.count = round(share * args.count)
+            row = cell(asked, dataset, "original+cgn", args.seeds[0], args.label, ("test",))
+            table.setdefault(asked.count, {})[f"{asked.per_shape} per shape"] = mean_std([row], "test")
+        evaluate.print_table(f"{dataset}: counterfactuals drawn", table)
 
 
 # ---------- the ensemble on ImageNet
@@ -623,33 +587,22 @@ def load_ensemble(path: str | os.PathLike) -> Ensemble:
 
 # ---------- reading pictures
 
-def read_picture(path: str, skip: bool = False) -> Tensor | None:
-    """(3, H, W) uint8. Where it does not open a ValueError or, with `skip`, None, and its name is printed."""
+def read_picture(path: str) -> Tensor:
+    """(3, H, W) uint8. Raises ValueError where it does not open."""
     try:
         return F_image.pil_to_tensor(u2net.open_photo(path, smallest=1))
     except ValueError as error:
-        if not skip:
-            raise ValueError(f"{error}: remove it, or give --skip-broken") from None
-        print(f"{error}: skipped", flush=True)
+        raise ValueError(f"{error}: remove it") from None
 
 
-def random_pictures(files, batch, side, seed, share, skip, step):
+def random_pictures(files, batch, side, seed, share, step):
     """A step's share of a batch of files, (path, labels): x (n, 3, side, side) uint8, labels (n, ..) long.
-
-    Drawn without replacement in each epoch, cropped and flipped, by seed and step alone. With `skip` the next
-    one replaces a broken one.
-    """
+    Drawn without replacement in each epoch, cropped and flipped, by seed and step alone."""
     images, labels = [], []
     for position in range(step * batch, (step + 1) * batch)[share]:
         epoch, place = divmod(position, len(files))
-        start = permutation(len(files), seed, epoch)[place]
-        for path, label in itertools.chain(files[start:], files[:start]):
-            picture = read_picture(path, skip)
-            if picture is not None:
-                break
-        else:
-            raise ValueError("none of the pictures opens")
-        images.append(crop_and_flip(picture, side, seed, position))
+        path, label = files[permutation(len(files), seed, epoch)[place]]
+        images.append(crop_and_flip(read_picture(path), side, seed, position))
         labels.append(label)
     return torch.stack(images), torch.tensor(labels)
 
@@ -666,7 +619,7 @@ def crop_and_flip(picture: Tensor, side: int, seed: int, index: int) -> Tensor:
         return transforms.RandomHorizontalFlip()(transforms.RandomResizedCrop(side)(picture))
 
 
-def drawn_pictures(model, first, batch, side, seed, per_shape, share):
+def drawn_pictures(model, batch, side, seed, per_shape, share, first):
     """A CGN's counterfactuals, made when needed, for each step from `first`: x (n, 3, side, side) in [0, 1]
     and labels (n, 3). Image i of the whole training is image i of the data set with this seed."""
     for step in itertools.count(first):
@@ -676,15 +629,13 @@ def drawn_pictures(model, first, batch, side, seed, per_shape, share):
                            for index, x in zip(part, sample.image)]), labels.T
 
 
-def judged_picture(paths, side, crop, skip, index):
-    """(3, side, side) uint8, and whether it opened: all of a picture, or with `crop` ImageNet's middle, where
-    the shorter side is 8 / 7 of `side` (256 and 224). What has the network's size is always seen whole."""
-    picture = read_picture(paths[index], skip)
-    if picture is None:
-        return torch.zeros(3, side, side, dtype=torch.uint8), False
+def judged_picture(paths, side, crop, index):
+    """(3, side, side) uint8: all of a picture, or with `crop` ImageNet's middle, where the shorter side is
+    8 / 7 of `side` (256 and 224). What has the network's size is always seen whole."""
+    picture = read_picture(paths[index])
     if crop and picture.shape[1:] != (side, side):
         picture = F_image.center_crop(F_image.resize(picture, side * 8 // 7), side)
-    return F_image.resize(picture, [side, side]), True
+    return F_image.resize(picture, [side, side])
 
 
 class Items(partial):
@@ -698,8 +649,8 @@ class Items(partial):
 
 
 def ignore_signals(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
@@ -732,19 +683,17 @@ def worker_errors():
 
 @torch.no_grad()
 @worker_errors()
-def score(network: Callable, paths: Sequence[str], side: int, crop: bool = False, *, skip: bool = False,
-          workers: int = 0, device: str = "cpu") -> tuple[Tensor, list[bool]]:
-    """What network(x), x (n, 3, side, side) in [0, 1], gives for pictures that open, on the CPU; which do;
-    see `judged_picture`. Raises ValueError for no pictures."""
-    found, kept, indices = [], [], range(len(paths))
-    items = Items(judged_picture, paths, side, crop, skip).ahead(indices, workers, 50)
-    for _, (x, opened) in zip(watched(indices[::50], "pictures"), items):
-        kept += opened.tolist()
-        if opened.any():
-            found.append(network(x[opened].to(device).float() / 255).cpu())
+def score(network: Callable, paths: Sequence[str], side: int, crop: bool = False, *, workers: int = 0,
+          device: str = "cpu") -> Tensor:
+    """What network(x), x (n, 3, side, side) in [0, 1], gives for pictures, on the CPU; see `judged_picture`.
+    Raises ValueError for no pictures, and for one that does not open."""
+    found, indices = [], range(len(paths))
+    items = Items(judged_picture, paths, side, crop).ahead(indices, workers, 50)
+    for _, x in zip(watched(indices[::50], "pictures"), items):
+        found.append(network(x.to(device).float() / 255).cpu())
     if not found:
-        raise ValueError("there are no pictures to judge, or none opens")
-    return torch.cat(found), kept
+        raise ValueError("there are no pictures to judge")
+    return torch.cat(found)
 
 
 def judge_main(args):
@@ -752,10 +701,10 @@ def judge_main(args):
     without the background's (the authors' on ImageNet-9), and for all."""
     out = args.out and check_output(args.out, args.checkpoint)
     model = load_ensemble(args.checkpoint).to(args.device)
-    rows, side = rows_to_judge(args, model.config["names"]), model.config["side"]
-    scores, kept = score(lambda x: model(u2net.normalise(x)), [row["file"] for row in rows], side,
-                         bool(args.imagenet), skip=args.skip_broken, workers=args.workers, device=args.device)
-    rows, columns = list(itertools.compress(rows, kept)), {"prediction": scores[:, 0]}      # of (M, heads, C)
+    rows = rows_to_judge(args, model.config["names"])
+    scores = score(lambda x: model(u2net.normalise(x)), [row["file"] for row in rows], model.config["side"],
+                   bool(args.imagenet), workers=args.workers, device=args.device)      # (M, heads, C)
+    columns = {"prediction": scores[:, 0]}
     if len(model.heads) == 3:
         columns = {**dict(zip(cgn.MECHANISMS, scores.unbind(1))), "average": scores.mean(dim=1),
                    "shape + texture": scores[:, :2].mean(dim=1)}
@@ -771,9 +720,9 @@ def judge_main(args):
 
 
 def rows_to_judge(args, names):
-    """Files and labels of ImageNet, by subfolders, which need not be all those of the training, or three by
-    labels.csv; files of cue conflict; or files and labels of ImageNet-9's VARIATION/val/00_dog .. 08_fish,
-    where a variation without pictures, as the published fg_mask, is left out."""
+    """Files and labels of ImageNet, by subfolders, of all the training's classes or some, or three by
+    labels.csv; files of cue conflict; or files and labels of ImageNet-9's VARIATION/val/00_dog .. 08_fish.
+    The published fg_mask holds no pictures, and is left out."""
     if args.imagenet:
         files, held = mnist_variants.labelled_files(args.imagenet), mnist_variants.class_names(args.imagenet)
         if len(files[0][1]) == 3:
@@ -816,8 +765,8 @@ def say_main(args):
     model = load_ensemble(args.checkpoint).to(args.device)
     if len(model.heads) != 3:
         raise ValueError(f"{args.checkpoint} has one head: the sentence needs three")
-    scores, _ = score(lambda x: model(u2net.normalise(x)), [args.say], model.config["side"], True,
-                      device=args.device)
+    scores = score(lambda x: model(u2net.normalise(x)), [args.say], model.config["side"], True,
+                   device=args.device)
     names, found = model.config["names"], scores[0].softmax(dim=1).max(dim=1)
     if len(names) == 1000:                  # folders have WordNet numbers, in torchvision's order
         names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
@@ -827,32 +776,20 @@ def say_main(args):
     print(f"{a[0]} shape with {nouns[1]} texture on {a[2]} background ({', '.join(sure)})")
 
 
-# ---------- Inception Score, and what a CGN's mechanisms show
+# ---------- what a CGN's mechanisms show
 
 def read_classifier(path: str | os.PathLike) -> nn.Module:
-    """The network of the Inception Score: torchvision's inception_v3, whose scores are not TensorFlow's, or a
-    classifier of digits. x (N, 3, H, W) in [-1, 1] -> scores (N, C); it sees `.side` pixels. ValueError."""
+    """The network of the Inception Score, torchvision's inception_v3, whose scores are not TensorFlow's, or a
+    classifier of digits: x (N, 3, H, W) in [-1, 1] -> scores (N, C). Raises ValueError."""
     state = read_checkpoint(path, other=True)
     with one_line(f"{path} is no state dict of inception_v3 or of a classifier of digits"):
-        if "Conv2d_1a_3x3.conv.weight" in state:
-            inception = torchvision.models.inception_v3(init_weights=False)
-            inception.load_state_dict(state)
-            model, side = nn.Sequential(nn.Upsample(299, mode="bilinear"), inception), 299
-        else:
-            model, side = Classifier(len(state["12.bias"])), mnist_variants.SIZE
-            model.load_state_dict(state)
-    model.side = side
+        inception = "Conv2d_1a_3x3.conv.weight" in state
+        model = (torchvision.models.inception_v3(init_weights=False) if inception
+                 else Classifier(len(state["12.bias"])))
+        model.load_state_dict(state)
+    if inception:
+        model = nn.Sequential(nn.Upsample(299, mode="bilinear"), model)
     return model.eval().requires_grad_(False)
-
-
-def inception_main(args):
-    """Print the Inception Score of a folder of pictures."""
-    network = read_classifier(cgn.find_network(args.inception)).to(args.device)
-    files = list(map(str, mnist_variants.picture_files(args.inception_score)))
-    scores, _ = score(lambda x: network(2 * x - 1), files, network.side, skip=args.skip_broken,
-                      workers=args.workers, device=args.device)
-    mean, std = evaluate.inception_score(scores.softmax(dim=1), args.splits)
-    evaluate.print_table("images", {str(len(scores)): {"Inception Score": f"{mean:.2f} ± {std:.2f}"}})
 
 
 @torch.no_grad()
@@ -910,13 +847,15 @@ def measure_digits(args, model, dataset, trained, seed):
     real ones, and print the table. Readers and real parts have the training's seed, draws another one."""
     images, *labels = load(args, dataset, "train", 0.1, trained)
     parts, wanted = load(args, dataset, "val", None, trained, "load_parts")
-    val, readers = mnist_variants.compose(*parts), [None] * 3
-    for place, name in enumerate(LABELS):
-        if wanted[place][0] >= 0:                   # colored has no background label
-            readers[place] = train(METHODS["original"], [(images, labels[place], BATCH)], args.steps, trained,
-                                   bf16=args.bf16, device=args.device, report=f"reader of {name}s")
-            right = evaluate.accuracy(predict(readers[place], val), wanted[place])
-            print(f"reader of {name}s: {100 * right:.1f} % of the validation split", flush=True)
+    val, readers = mnist_variants.compose(*parts), []
+    for name, known, right in zip(LABELS, labels, wanted):
+        reader = None
+        if right[0] >= 0:                           # colored has no background label
+            reader = train(METHODS["original"], [(images, known, BATCH)], args.steps, trained,
+                           bf16=args.bf16, device=args.device, report=f"reader of {name}s")
+            share = evaluate.accuracy(predict(reader, val), right)
+            print(f"reader of {name}s: {100 * share:.1f} % of the validation split", flush=True)
+        readers.append(reader)
     order = torch.randint(len(val), (args.count,), generator=torch.Generator().manual_seed(trained))
     mask, *textures = (part[order].to(args.device) for part in parts)
     size = (-1, -1, *val.shape[2:])
@@ -929,12 +868,54 @@ def measure_digits(args, model, dataset, trained, seed):
                                         for name, row in zip(LABELS, table.tolist())})
 
 
+def pairwise_iou(masks: Tensor) -> float:
+    """Mean intersection over union of all pairs of masks (N, 1, H, W), cut at 0.5; 1 where all are alike.
+    ValueError for N < 2."""
+    if len(masks) < 2:
+        raise ValueError(f"{len(masks)} masks of a class make no pair: give a larger --count")
+    flat = (masks > 0.5).flatten(1).float()
+    both, area = flat @ flat.T, flat.sum(dim=1)
+    iou = both / (area[:, None] + area - both).clamp(min=1)
+    return ((iou.sum() - iou.trace()) / (len(iou) * (len(iou) - 1))).item()
+
+
+@torch.no_grad()
+def mask_table(masks: Tensor, labels: Tensor, reader: nn.Module, names: Sequence[str]) -> dict[str, dict]:
+    """How clean and how various masks (N, 1, 32, 32) in [0, 1] with labels (N,) are, a row a class: the share
+    in which a reader of real digits' masks finds the class, the mean IoU of pairs of 50, and the entropy."""
+    read = torch.cat([reader(2 * m.expand(-1, 3, -1, -1) - 1).argmax(dim=1) for m in masks.split(500)])
+    ious = [pairwise_iou(masks[labels == label][:50]) for label in range(len(names))]
+    rows = [("all", labels >= 0, sum(ious) / len(ious))]
+    rows += [(name, labels == label, ious[label]) for label, name in enumerate(names)]
+    return {name: {"read right": f"{100 * evaluate.accuracy(read[own], labels[own]):.1f} %",
+                   "IoU of pairs": f"{iou:.3f}", "entropy": f"{cgn.binary_entropy(masks[own]):.3f} bit"}
+            for name, own, iou in rows}
+
+
+def variety_main(args):
+    """Judge the masks of --cgn, and those of real digits; say how mottled its foregrounds are."""
+    model = cgn.load(args.cgn).to(args.device)
+    if not model.independent or model.resolution != mnist_variants.SIZE:
+        raise ValueError(f"{args.cgn} draws no digits by mechanisms, which are needed here")
+    reader, names = read_classifier(cgn.find_network(args.reader)), cgn.class_names(model)
+    seed = args.seeds[0] if args.seeds else model.config.get("seed", 0) + 1
+    u, y, arrangement = cgn.draw(model, seed, range(args.count))
+    sample = cgn.make(model, u, y, arrangement, 500)
+    evaluate.print_table(f"masks of {args.cgn}", mask_table(sample.mask.cpu(), y[0], reader, names))
+    spread = 127.5 * sample.foreground.flatten(2).std(dim=2).mean()
+    print(f"deviation of a colour within one foreground: {spread:.1f} of 255", flush=True)
+    parts, (labels, *_) = mnist_variants.load_parts("wildlife", "val", root=args.mnist)
+    masks = parts.mask[:args.count] / 255
+    evaluate.print_table("masks of real digits", mask_table(masks, labels[:args.count], reader, names))
+
+
 # ---------- command line
 
 def ensemble_main(args):
     """Train the ensemble on the folders of --real, and of --counterfactuals or --cgn."""
     device, (rank, ranks), seed = args.device, rank_and_world(), args.seeds[0]
-    made = round(args.ratio * args.batch, 6) if args.cgn or args.counterfactuals else 0
+    folders = args.counterfactuals or []
+    made = round(args.ratio * args.batch, 6) if args.cgn or folders else 0
     if args.batch % ranks or made % ranks or args.ratio <= 0:
         raise ValueError(f"batch {args.batch}, ratio {args.ratio}: no whole numbers for {ranks} processes")
     names, *others = map(mnist_variants.class_names, args.real)
@@ -944,34 +925,30 @@ def ensemble_main(args):
     anew = args.weights == "random"
     weights = None if anew or args.dry_run else read_checkpoint(cgn.find_network(args.weights), other=True)
     model, made = build_ensemble({**vars(args), "names": names}, weights, not anew).to(device), int(made)
-    files, pictures = ([row for folder in folders or () for row in mnist_variants.labelled_files(folder)]
-                       for folders in (args.real, args.counterfactuals))
-    for folder in args.counterfactuals or ():
+    files, pictures = (list(itertools.chain(*map(mnist_variants.labelled_files, some)))
+                       for some in (args.real, folders))
+    for folder in folders:
         check_labels(folder, names, pictures)
     epoch = -(-len(files) // args.batch)
     period = args.save_every or epoch
     config = {**{name: getattr(args, name) for name in ENSEMBLE}, "names": names, "seed": seed,
               "bf16": args.bf16, "weights": Path(args.weights).name,
               "cgn": args.cgn and cgn.file_hash(args.cgn),
-              **{name: [str(Path(folder).resolve()) for folder in getattr(args, name) or ()]
-                 for name in ("real", "counterfactuals")},
+              "real": [str(Path(folder).resolve()) for folder in args.real],
+              "counterfactuals": [str(Path(folder).resolve()) for folder in folders],
               "steps": 2 if args.dry_run else args.epochs * epoch, "log_every": min(period, 50),
               "saves": (period,), "milestones": [epoch * number for number in args.milestones]}
 
     def from_files(files, batch):
-        share = slice(rank, None, ranks)
-        items = Items(random_pictures, files, batch, args.side, seed, share, args.skip_broken)
+        items = Items(random_pictures, files, batch, args.side, seed, slice(rank, None, ranks))
         return lambda first: items.ahead(range(first, config["steps"]), args.workers)
 
     counterfactual = from_files(pictures, made) if pictures else None
     if args.cgn:
-        drawer, part = cgn.load(args.cgn).to(device), slice(rank * made // ranks, (rank + 1) * made // ranks)
+        drawer, share = cgn.load(args.cgn).to(device), slice(rank * made // ranks, (rank + 1) * made // ranks)
         if drawer.classes != len(names):
             raise ValueError(f"{args.cgn} draws {drawer.classes} classes: --real has {len(names)}")
-
-        def counterfactual(first):
-            return drawn_pictures(drawer, first, made, args.side, seed, args.per_shape, part)
-
+        counterfactual = partial(drawn_pictures, drawer, made, args.side, seed, args.per_shape, share)
     if rank == 0:
         print(f"{args.network} with {args.heads} heads: {len(files)} real images, {len(names)} classes, "
               f"{args.cgn or len(pictures)} counterfactuals; {config['steps']} steps of {args.batch} + "
@@ -992,56 +969,49 @@ def tables_main(args):
     if given and (len(args.dataset) > 1 or not {"cgn", "original+cgn"} & {*args.method}):
         raise ValueError(f"{given} is of one --dataset, and for --method cgn and original+cgn")
     check_output(args.runs / "results.jsonl")
-    draw = {"figure6": figure6, "figure7": figure7}.get(args.make)
-    for dataset in args.dataset if draw else ():
-        path = check_output(args.runs / f"{args.make}-{dataset}.png")
-        draw(args, dataset, path)
-        print(f"wrote {path}")
-    if not draw:
-        (table5 if args.make == "table5" else table2)(args)
+    {"table5": table5, "figure6": figure6, "figure7": figure7}.get(args.make, table2)(args)
 
 
 # A command's preset, the option that it needs, others that it understands, and its function.
 MNIST = (TABLES, "", "dataset cgn counterfactuals textures runs dry_run bf16 method", tables_main)
-JUDGE = (JUDGING, "checkpoint", "skip_broken workers out", judge_main)
+JUDGE = ({}, "checkpoint", "workers out", judge_main)
 COMMANDS = {
     "table2": MNIST, "table5": MNIST, "figure7": MNIST,
     "figure6": (TABLES, "", "dataset textures runs dry_run", tables_main),
     "mechanisms": (MECHANISMS, "cgn", "textures bf16", mechanisms_main),
-    "ensemble": (ENSEMBLE, "real", "dataset counterfactuals cgn workers skip_broken out dry_run bf16",
-                 ensemble_main),
+    "variety": (VARIETY, "cgn", "", variety_main),
+    "ensemble": (ENSEMBLE, "real", "dataset counterfactuals cgn workers out dry_run bf16", ensemble_main),
     "imagenet": JUDGE, "cue_conflict": JUDGE, "imagenet9": JUDGE,
-    "say": (JUDGING, "checkpoint", "", say_main),
-    "inception_score": (JUDGING, "", "skip_broken workers", inception_main)}
+    "say": ({}, "checkpoint", "", say_main)}
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(description="Train classifiers on counterfactual images, and judge.")
+    parser = argparse.ArgumentParser(description="Train classifiers on counterfactual images, and judge. "
+                                     "Defaults stand at the head of classify.py.")
     add = parser.add_argument_group("MNIST variants (4.2, C.4)").add_argument
     add("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), help="imagenet: the ensemble")
     add("--method", nargs="+", choices=METHODS, help="default: Table 2's")
-    add("--steps", type=int, help="of a classifier (default: 12000)")
-    add("--count", type=int, help="drawn images (default: 100000; mechanisms: 5000)")
+    add("--steps", type=int, help="of a classifier")
+    add("--count", type=int, help="drawn images")
     add("--textures", help="wildlife: folder of DTD (default: drawn textures)")
-    add("--variance", type=float, help="of a class's colours (default: 0.02)")
+    add("--variance", type=float, help="of a class's colours")
     add("--runs", type=Path, help="folder of classifiers and results.jsonl (default: runs)")
     given = parser.add_mutually_exclusive_group().add_argument
     given("--cgn", metavar="FILE", help="checkpoint to draw from (default: trains one)")
     given("--counterfactuals", nargs="+", metavar="PATH", help="or what cgn.py drew: digits' file, folders")
     add = parser.add_argument_group("ensemble, --dataset imagenet (4.3, C.4)").add_argument
     add("--real", nargs="+", metavar="FOLDER", help="with a subfolder a class (IN, SIN, Mixed-Rand)")
-    add("--heads", type=int, choices=(1, 3), help="1: a plain classifier (default: 3)")
-    add("--ratio", type=float, help="counterfactuals for each real image (default: 1)")
+    add("--heads", type=int, choices=(1, 3), help="1: a plain classifier")
+    add("--ratio", type=float, help="counterfactuals for each real image")
     add("--workers", type=int, help="processes that read pictures (default: up to 4)")
-    add("--skip-broken", action="store_true", help="name pictures that do not open, and go on")
     add("--checkpoint", metavar="FILE", help="the ensemble that judges")
     add = parser.add_argument_group("what to make").add_mutually_exclusive_group().add_argument
-    add("--make", choices=("table2", "table5", "figure6", "figure7", "mechanisms"), help="default: table2")
+    add("--make", choices=("table2", "table5", "figure6", "figure7", "mechanisms", "variety"),
+        help="default: table2")
     add("--imagenet", metavar="FOLDER", help="top-1 and top-5: a subfolder a class, or counterfactuals")
     add("--cue-conflict", metavar="FOLDER", help="shape bias (Table 3)")
     add("--imagenet9", metavar="FOLDER", help="accuracies and BG-Gap (Table 4)")
     add("--say", metavar="PHOTO", help="what the heads see")
-    add("--inception-score", metavar="FOLDER", help="of any pictures")
     add = parser.add_argument_group("run").add_argument
     add("--set", nargs="+", metavar="NAME=VALUE", help="any other number of the command's preset")
     add("--seeds", nargs="+", type=int, help="default: 0 1 2, of the ensemble 0, of draws the training's + 1")

@@ -9,6 +9,7 @@ pre-trained network of the paper is a small one:
     classifier  a CNN, for Inception: the teacher's digits; it gives the Inception Score
 
     python miniature.py teacher saliency style classifier     # writes weights/mini-*.pth
+    python miniature.py reader                                # of bare masks, for classify.py --make variety
     python miniature.py table1                                # Table 1: one loss off at a time
     python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap
     python miniature.py patches                               # appendix F: patches as large as their object
@@ -53,24 +54,23 @@ ENSEMBLE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "smo
 WORK = {                    # steps, and the options that mean something
     "teacher": (5500, "mnist out runs"), "saliency": (2000, "mnist out bf16"),
     "style": (4000, "mnist out bf16"), "classifier": (4000, "mnist out bf16"),
+    "reader": (4000, "mnist out bf16"),
     "table1": (cgn.PRESETS["mini"]["steps"], "runs bf16"), "tables34": (2000, "mnist runs bf16"),
     "patches": (4000, "mnist bf16")}
 DRAWS = {"table1": 5000, "tables34": 20_000, "patches": 2000}       # images of each
-Args = argparse.Namespace
 
 
 # ---------- the teacher
 
 def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, images: Tensor,
                   labels: Tensor, out: Path, device: str = "cpu") -> biggan.BigGAN:
-    """Train on uint8 images (N, 3, R, R) and labels (N,) long; returns the averaged generator, for
-    `measure_statistics`.
+    """Train on uint8 images (N, 3, R, R) and labels (N,) long, a `Run` in `out`; returns the averaged
+    generator, for `measure_statistics`. config: as TEACHER, with steps and seed.
 
     The loss is the relativistic hinge (Jolicoeur-Martineau, 2019): real images shall lead generated ones of
-    their class by 1. discriminator(x, y) -> scores judges `pack` images of a class at once, one above the
-    other in 3 `pack` channels, and so sees where the generated ones are all alike (PacGAN; Lin et al., 2018).
-    config: as TEACHER, with steps and seed. Writes log.jsonl and checkpoint.pt into `out`, from where it can
-    continue. Raises ValueError for a batch that `pack` does not divide, and as `Run`.
+    their class by 1. discriminator(x, y) -> scores judges `pack` images of a class at once, in 3 `pack`
+    channels, and so sees where the generated ones are all alike (PacGAN; Lin et al., 2018). Raises ValueError
+    for a batch that `pack` does not divide, and as `Run`.
     """
     batch, pack, steps = config["batch"], config["pack"], config["steps"]
     if batch % pack:
@@ -81,8 +81,9 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
                   for network, rate in ((model, config["lr"]), (discriminator, 2 * config["lr"]))]
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
                  for optimizer in optimizers]
-    names = ("model", "average", "discriminator", "optimizer0", "optimizer1", "schedule0", "schedule1")
-    parts = dict(zip(names, (model, average, discriminator, *optimizers, *schedules)))
+    parts = {"model": model, "average": average, "discriminator": discriminator}
+    for place, pair in enumerate(zip(optimizers, schedules)):
+        parts[f"optimizer{place}"], parts[f"schedule{place}"] = pair
     batches = draw_batches(images, labels, model.noise, batch, pack, config["seed"])
 
     with Run(out, config, parts, images=batch) as run:
@@ -177,8 +178,8 @@ def train_saliency(model: u2net.U2Net, images: Tensor, masks: Tensor, steps: int
     def objective(model, batch, progress):
         return saliency_loss(model.logits(batch[0]), batch[1])
 
-    return classify.fit(model, batches, objective, steps, partial(classify.adam, lr=3e-3), device=device,
-                        **how)
+    optimizer = partial(classify.adam, lr=3e-3)
+    return classify.fit(model, batches, objective, steps, optimizer, device=device, **how)
 
 
 def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, device: str = "cpu", **how
@@ -199,24 +200,24 @@ def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, de
         scores = model(batch[0]).unflatten(1, (3, 10)).mT                   # (N, 10, 3)
         return F.cross_entropy(scores.float(), batch[1])
 
-    return classify.fit(model, batches, objective, steps, partial(classify.adam, lr=1e-3), device=device,
-                        **how)
+    optimizer = partial(classify.adam, lr=1e-3)
+    return classify.fit(model, batches, objective, steps, optimizer, device=device, **how)
 
 
-def make(what: str, args: Args, steps: int) -> None:
-    """Train one of the four networks and write its raw state dict as args.out/mini-WHAT.pth."""
+def make(what, args, steps):
+    """Train one of the networks and write its raw state dict into the folder args.out; see `file_name`."""
     agreement, seed = {"saliency": 0.1, "style": 0.1}.get(what, 1.0), args.seed
     how = {"bf16": args.bf16, "device": args.device, "report": what}
     parts, labels = mnist_variants.load_parts(DATASET, "train", agreement, seed, root=args.mnist)
     if what == "saliency":
         parts.mask[::EMPTY] = 0
-    images = mnist_variants.compose(*parts)
+    images = parts.mask.expand(-1, 3, -1, -1) if what == "reader" else mnist_variants.compose(*parts)
     torch.manual_seed(seed)
     if what == "teacher":
-        config = {"steps": steps, "seed": seed, **TEACHER}
-        networks = (biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE),
-                    cgn.Discriminator(channels=3 * config["pack"]).to(memory_format=torch.channels_last))
-        model = train_teacher(config, *networks, images, labels[0], args.runs / "mini-teacher", args.device)
+        model = biggan.BigGAN(GENERATOR, None, 10, NOISE, NOISE)
+        judge = cgn.Discriminator(channels=3 * TEACHER["pack"]).to(memory_format=torch.channels_last)
+        model = train_teacher({"steps": steps, "seed": seed, **TEACHER}, model, judge, images, labels[0],
+                              args.runs / "mini-teacher", args.device)
         measure_statistics(model, seed=seed)
     elif what == "saliency":
         model = train_saliency(u2net.U2Net(SALIENCY), images, parts.mask, steps, seed, **how)
@@ -224,14 +225,18 @@ def make(what: str, args: Args, steps: int) -> None:
         model = train_style(images, torch.stack(labels, dim=1), steps, seed, **how)
     else:
         model = classify.train(READER, [(images, labels[0], classify.BATCH)], steps, seed, **how)
-    state, path = model.cpu().state_dict(), args.out / f"mini-{what}.pth"
+    state, path = model.cpu().state_dict(), args.out / file_name(what)
     save_state(path, {key: state[key] for key in state if what != "style" or key.startswith("features.")})
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
+def file_name(what):
+    return "reader.pth" if what == "reader" else f"mini-{what}.pth"
+
+
 # ---------- Tables 1, 3 and 4
 
-def table1(args: Args, steps: int) -> dict[str, dict]:
+def table1(args, steps):
     """Table 1: a CGN with all losses, and one without each, trained where args.runs does not hold it; the
     sheets there show what each has lost."""
     network = cgn.find_network(cgn.PRESETS["mini"]["inception"])
@@ -256,9 +261,8 @@ def draw_parts(model: cgn.CGN, count: int, seed: int) -> tuple[list[Tensor], Ten
 
 def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | None, out: Path,
                    device: str = "cpu") -> classify.Ensemble:
-    """Three heads on counterfactuals and a few real images, or one head on real ones. A counterfactual joins
-    three random parts of those `made`, see `draw_parts`. config: as ENSEMBLE, with steps, milestones, seed,
-    bf16."""
+    """Three heads on a few real images and counterfactuals, each of three random parts of those `made`, see
+    `draw_parts`; or one head on real ones. config: as ENSEMBLE, with steps, milestones, seed, bf16."""
     seed, share = config["seed"], classify.METHODS["original+cgn" if made else "original"].batch["real"]
     torch.manual_seed(seed)
     model = classify.Ensemble(classify.Classifier(), 3 if made else 1).to(device)
@@ -280,10 +284,10 @@ def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | Non
 
 
 @torch.no_grad()
-def tables34(args: Args, steps: int) -> dict[str, dict]:
-    """Tables 3 and 4, with the CGN in args.runs/mini: shape bias, and accuracy on the test split, whose
-    digits no network has seen, in agreeing textures (mixed-same) and with any background (mixed-rand). Rows
-    of the ensemble, of each head, and of the two whose BG-Gap the authors measure."""
+def tables34(args, steps):
+    """Tables 3 and 4, with the CGN in args.runs/mini: shape bias, and accuracy on the test split in agreeing
+    textures (mixed-same) and with any background (mixed-rand). Rows of the ensemble, of each head, and of the
+    two whose BG-Gap the authors measure."""
     checkpoint, device, rows = args.runs / "mini" / "checkpoint.pt", args.device, {}
     if not checkpoint.exists():
         raise ValueError(f"{checkpoint} is missing: python miniature.py table1 makes it")
@@ -315,11 +319,12 @@ def tables34(args: Args, steps: int) -> dict[str, dict]:
 # ---------- appendix F, and the command
 
 @torch.no_grad()
-def patches(args: Args, steps: int) -> dict[str, dict]:
+def patches(args, steps):
     """Appendix F: patch grids of digits in two sizes, of patches of one side and of some by the digit's size.
 
     How much of a grid is object (the rest is background that f would learn), and how often a reader, trained
-    on digits in random textures, finds the texture's label in it, seen through the whole digit. """
+    on digits in random textures, finds the texture's label in it, seen through the whole digit.
+    """
     load = {"seed": args.seed, "root": args.mnist}
     train = mnist_variants.load(DATASET, "train", agreement=0.1, **load)
     with torch.enable_grad():
@@ -364,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
     command(build_parser(), _main, argv)
 
 
-def _main(args: Args) -> None:
+def _main(args):
     one_process("the miniature")
     known = {word for what in args.what for word in WORK[what][1].split()}
     refuse_options(args, {"what", "steps", "seed", "device", "threads", *known}, " and ".join(args.what))
@@ -373,9 +378,8 @@ def _main(args: Args) -> None:
     args.mnist, args.out = args.mnist or mnist_variants.ROOT, args.out or cgn.WEIGHTS
     args.runs, args.device = args.runs or classify.RUNS, find_device(args.device)
     args.bf16 = bf16_pays(args.bf16, args.device)
-    for what in args.what:
-        if what not in TABLES:
-            check_output(args.out / f"mini-{what}.pth")
+    for what in {*args.what} - {*TABLES}:
+        check_output(args.out / file_name(what))
     for what in args.what:
         steps = args.steps or WORK[what][0]
         print(f"{what}: {steps} steps on {args.device}", flush=True)
