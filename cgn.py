@@ -40,7 +40,6 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
-import torch.distributed as distributed
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image

@@ -3611,7 +3611,7 @@ def measure(what="", trial=""):
             networks = cgn.random_networks()
             if not tiny:
                 style = torchvision.models.vgg16_bn(init_weights=False).state_dict()
-                networks = raw_biggan(*RELEASED_SIZE), random_u2net(u2net.FULL).state_dict(), {
+                networks = raw_biggan(RELEASED, 8, 1000, 128, 128), random_u2net(u2net.FULL).state_dict(), {
                     name: value for name, value in style.items() if name.startswith("features")}
             for path, state in zip(files, networks):
                 torch.save(state, path)
