@@ -343,6 +343,13 @@ def test_mistakes_and_ctrl_c_are_one_line(tmp_path, monkeypatch, few_images):
     assert (result.returncode, result.stderr) == (130, "stopped\n")
 
 
+def test_colors_are_the_published_ones():
+    """A colour's place counts: sums of red, green and blue, weighted by 1 .. 10."""
+    places = torch.arange(1, 11)
+    assert (places @ mnist_variants.COLORED).tolist() == [8694, 7937, 6101]
+    assert (places @ mnist_variants.DOUBLE_BACKGROUND).tolist() == [7450, 8214, 8081]
+
+
 # ---------- evaluate
 
 judge_main = partial(script, "evaluate.py")
@@ -1095,6 +1102,19 @@ def clock(monkeypatch):
     seconds = [100.0]
     monkeypatch.setattr(run, "time", types.SimpleNamespace(time=lambda: seconds[0]))
     return seconds
+
+
+def test_long_work_says_how_far_it_is_after_five_seconds_then_every_thirty(clock, capsys):
+    for _ in run.watched(range(10, 90, 10), "files"):
+        clock[0] += 12
+    assert capsys.readouterr().out.splitlines() == [
+        "files: 20 of 90, 1.4 min left", "files: 50 of 90, 0.8 min left", "files: 80 of 90, 0.2 min left"]
+    assert [*run.watched(range(3), "")] == [0, 1, 2]
+
+
+def test_a_run_without_checks_takes_all_its_steps(tmp_path):
+    with run.Run(tmp_path, {"steps": 3, "log_every": 1, "saves": (5,)}, {}) as training:
+        assert [*training] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
