@@ -14,18 +14,15 @@ and together from real images (4.3, C.4). Its predictions are a table, which eva
     python classify.py --checkpoint runs/ensemble/checkpoint.pt --say photo.jpg         # Figure 1's sentence
 """
 import argparse
-import atexit
 import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import platform
 import re
-import signal
 import tempfile
 import time
 from functools import lru_cache, partial
@@ -46,8 +43,9 @@ import cgn
 import evaluate
 import mnist_variants
 import u2net
-from run import (Run, append_row, bf16_pays, check_output, command, find_device, join_group, one_process,
-                 override, rank_and_world, read_checkpoint, read_lines, refuse_options, save_state, watched)
+from run import (Items, Run, append_row, bf16_pays, check_output, command, find_device, join_group, one_process,
+                 override, rank_and_world, read_checkpoint, read_lines, refuse_options, save_state, watched,
+                 worker_errors)
 
 RUNS = Path(__file__).parent / "runs"
 LABELS = ("shape", "foreground", "background")
@@ -636,47 +634,6 @@ def judged_picture(paths, side, crop, index):
     if crop and picture.shape[1:] != (side, side):
         picture = F_image.center_crop(F_image.resize(picture, side * 8 // 7), side)
     return F_image.resize(picture, [side, side])
-
-
-class Items(partial):
-    """A data set: item i is the function's value at i, which workers make ahead. Ctrl-C and SIGTERM may reach
-    these as well: they leave them to their parent."""
-    __getitem__ = partial.__call__
-
-    def ahead(self, indices: range, workers: int, batch_size: int | None = None):
-        return iter(torch.utils.data.DataLoader(self, batch_size, sampler=indices, num_workers=workers,
-                                                worker_init_fn=ignore_signals))
-
-
-def ignore_signals(_):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def end_workers():
-    """Those that an error has left: they ignore the SIGTERM by which Python ends them when it exits."""
-    left = [worker for worker in multiprocessing.active_children() if worker.daemon]
-    if left and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # their end is no news
-    for worker in left:
-        worker.kill()
-
-
-@contextlib.contextmanager
-def worker_errors():
-    """A worker's error, and its death, which torch raises from a signal wherever we are, as a ValueError."""
-    try:
-        yield
-    except (RuntimeError, ValueError) as error:
-        first, *_, last = 2 * (str(error).strip().splitlines() or [""])
-        if last.startswith("ValueError: "):
-            raise ValueError(last.removeprefix("ValueError: ")) from None
-        if not re.search("DataLoader worker|shared memory|/torch_", str(error)):
-            raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # another one that ends now is no more news
-        raise ValueError(f"{last if first.startswith('Caught') else first} Memory, or shared memory (docker: "
-                         "--shm-size), may be too small: try fewer --workers, 0 for none") from None
 
 
 # ---------- what an ensemble says of pictures

@@ -13,9 +13,12 @@ checkpoint.pt. Needs torch and numpy, and nothing else of this project.
 """
 import argparse
 import ast
+import atexit
+import contextlib
 import difflib
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -371,6 +374,49 @@ def bf16_pays(wanted: bool, device: str) -> bool:
     if not pays:
         print(f"--bf16: this {device} has no bfloat16 instructions; float32 is faster here, and used")
     return pays
+
+
+# ------------------------------------------------------------------- processes that read ahead
+
+class Items(partial):
+    """A data set: item i is the function's value at i, which workers make ahead. Ctrl-C and SIGTERM may reach
+    these as well: they leave them to their parent."""
+    __getitem__ = partial.__call__
+
+    def ahead(self, indices: range, workers: int, batch_size: Optional[int] = None):
+        return iter(torch.utils.data.DataLoader(self, batch_size, sampler=indices, num_workers=workers,
+                                                worker_init_fn=ignore_signals))
+
+
+def ignore_signals(_):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Those that an error has left: they ignore the SIGTERM by which Python ends them when it exits."""
+    left = [worker for worker in multiprocessing.active_children() if worker.daemon]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # their end is no news
+    for worker in left:
+        worker.kill()
+
+
+@contextlib.contextmanager
+def worker_errors():
+    """A worker's error, and its death, which torch raises from a signal wherever we are, as a ValueError."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        first, *_, last = 2 * (str(error).strip().splitlines() or [""])
+        if last.startswith("ValueError: "):
+            raise ValueError(last.removeprefix("ValueError: ")) from None
+        if not re.search("DataLoader worker|shared memory|/torch_", str(error)):
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # another one that ends now is no more news
+        raise ValueError(f"{last if first.startswith('Caught') else first} Memory, or shared memory (docker: "
+                         "--shm-size), may be too small: try fewer --workers, 0 for none") from None
 
 
 # ----------------------------------------------------------------------------------------------- scripts

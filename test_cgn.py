@@ -2746,7 +2746,7 @@ def test_a_worker_that_fails_or_dies_is_one_line(pictures, tmp_path, monkeypatch
     assert run.read_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 1
     monkeypatch.setattr(classify, "crop_and_flip", full)
     classify_refused(ensemble_options(pictures, tmp_path / "run2"), "No space left", "shared", "--workers")
-    classify.end_workers()                          # else torch waits for them, ten seconds
+    run.end_workers()                          # else torch waits for them, ten seconds
 
 
 def test_an_ensemble_draws_its_counterfactuals_from_a_cgn(imagenet_checkpoint, monkeypatch):
@@ -2792,7 +2792,7 @@ def test_each_head_is_judged_on_cue_conflict_and_its_table_says_why(imagenet_ens
     classify_refused((*command, imagenet_ensemble), "what is read")
     (cue / "dog1-bear1.png").write_text("no picture")
     classify_refused((*command, table, "--workers", 1), "dog1-bear1.png does not open")
-    classify.end_workers()                          # else torch waits for it, ten seconds
+    run.end_workers()                          # else torch waits for it, ten seconds
     draw_pictures(cue, "cat.png")
     classify_refused((*command, table), "cat.png", "airplane1-bicycle2.png")
     classify_refused((*command[:5], cue / "none"), "no pictures")
