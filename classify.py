@@ -43,9 +43,9 @@ import cgn
 import evaluate
 import mnist_variants
 import u2net
-from run import (Items, Run, append_row, bf16_pays, check_output, command, find_device, join_group, one_process,
-                 override, rank_and_world, read_checkpoint, read_lines, refuse_options, save_state, watched,
-                 worker_errors)
+from run import (Items, Run, append_row, bf16_pays, check_output, command, find_device, join_group,
+                 one_process, override, rank_and_world, read_checkpoint, read_lines, refuse_options,
+                 save_state, watched, worker_errors)
 
 RUNS = Path(__file__).parent / "runs"
 LABELS = ("shape", "foreground", "background")
