@@ -3632,7 +3632,8 @@ def measure(what="", trial=""):
             if not tiny:
                 style = torchvision.models.vgg16_bn(init_weights=False).state_dict()
                 networks = raw_biggan(RELEASED, 8, 1000, 128, 128), random_u2net(u2net.FULL).state_dict(), {
-                    name: value for name, value in style.items() if name.startswith("features")}
+                    name: value for name, value in style.items()           # up to the fourth pool
+                    if name.startswith("features") and int(name.split(".")[1]) < 34}
             for path, state in zip(files, networks):
                 torch.save(state, path)
 
