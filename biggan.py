@@ -175,7 +175,9 @@ class Block(nn.Module):
 
     def join(self, x, h, channels=ALL):
         """The block's input x and `residual`'s h -> its output, or some channels of it."""
-        h, x = self.conv_3(h, channels), x[:, :self.channels][:, channels]
+        h = self.conv_3(h, channels)
+        if h.shape[1] < x.shape[1]:     # sliced in its layout, (N, H, W, C), as its gradient is then
+            x = x.movedim(1, 3)[..., :self.channels][..., channels].movedim(3, 1)
         if torch.is_grad_enabled():
             return h + (twice(x) if self.double else x)
         if not self.double:
@@ -199,7 +201,7 @@ class Attention(nn.Module):
         query = self.snconv1x1_theta(x).flatten(2).mT                 # (N, HW, C/8)
         key = F.max_pool2d(self.snconv1x1_phi(x), 2).flatten(2).mT    # (N, HW/4, C/8)
         value = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2).mT    # (N, HW/4, C/2)
-        h = [F.scaled_dot_product_attention(part, key, value, scale=1.0) for part in query.split(1024, dim=1)]
+        h = [(part @ key.mT).softmax(dim=2) @ value for part in query.split(1024, dim=1)]    # in x's precision
         h = torch.cat(h, dim=1).mT.unflatten(2, x.shape[2:])          # (N, C/2, H, W)
         return x + self.snconv1x1_o_conv(self.gamma * h)
 
