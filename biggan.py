@@ -201,7 +201,8 @@ class Attention(nn.Module):
         query = self.snconv1x1_theta(x).flatten(2).mT                 # (N, HW, C/8)
         key = F.max_pool2d(self.snconv1x1_phi(x), 2).flatten(2).mT    # (N, HW/4, C/8)
         value = F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2).mT    # (N, HW/4, C/2)
-        h = [(part @ key.mT).softmax(dim=2) @ value for part in query.split(1024, dim=1)]    # in x's precision
+        # Not scaled_dot_product_attention, which computes in float32 on a CPU, whatever x is.
+        h = [(part @ key.mT).softmax(dim=2) @ value for part in query.split(1024, dim=1)]
         h = torch.cat(h, dim=1).mT.unflatten(2, x.shape[2:])          # (N, C/2, H, W)
         return x + self.snconv1x1_o_conv(self.gamma * h)
 
