@@ -1115,7 +1115,8 @@ def write_photos(model: ImagenetCGN, folder: str | os.PathLike, out: Path, seed:
         if index % step == 0:
             pair = F_image.pil_to_tensor(photo), image
             shown.append(torch.stack([F_image.resize(x, [model.resolution] * 2) for x in pair]))
-    mnist_variants.write_file(out / "settings.json", json.dumps({"names": names, "seed": seed}).encode())
+    settings = {"names": names if len(held) < len(names) else held, "seed": seed}
+    mnist_variants.write_file(out / "settings.json", json.dumps(settings).encode())
     mnist_variants.write_file(out / "labels.csv", ("\n".join(rows) + "\n").encode())
     return torch.stack(shown, dim=1)
 
