@@ -960,14 +960,17 @@ def random_u2net(stages=u2net.LITE, align_corners=False):
 
 
 @needs_oracles
-@pytest.mark.parametrize("name", ["0002-01", "sailboat3"])
+@pytest.mark.parametrize("name", ["0002-01", "boat", "horse", "im_21", "long", "sailboat3"])
 def test_the_lite_network_equals_another_runtime(name):
-    """At a tenth of its brightness, too, a photo has this mask."""
+    """At a tenth of its brightness, too, a photo has this mask; in [-1, 1], as the CGN's authors feed it, it
+    has another one of the same object."""
     photo = u2net.open_photo(ORACLES / "u2netp" / f"{name}.png")
     expected = F_image.to_tensor(Image.open(ORACLES / "u2netp" / f"{name}.mask.png"))
     model = u2net.load(HERE / "weights" / "u2netp.pth")
     with torch.no_grad():
-        found = model(u2net.normalise(F_image.to_tensor(photo)[None]))[0]
+        x = F_image.to_tensor(photo)[None]
+        found, raw = model(u2net.normalise(x))[0], model(2 * x - 1)[0]
+    assert 0.775 < evaluate.mask_iou(found[None], raw[None]) < 0.985           # docs: 0.78 to 0.98
     assert (found - expected).abs().max() <= 1 / 255 + 1e-3
     dark = F_image.to_tensor(u2net.saliency(model, photo.point(lambda value: round(value / 10))))
     assert ((dark > 0.5) & (expected > 0.5)).sum() / ((dark > 0.5) | (expected > 0.5)).sum() >= 0.98
@@ -2696,7 +2699,8 @@ if __name__ == "__main__":
 """)
     stopped = process(tmp_path / "stop.py")
     assert stopped.returncode == 130 and "the same command continues" in stopped.stderr, stopped
-    assert "KeyboardInterrupt" not in stopped.stderr
+    before, _, after = stopped.stderr.partition("the same command continues")
+    assert "Traceback" not in before and "KeyboardInterrupt" not in after   # Python may find its server gone
     assert run.read_checkpoint(parts / "checkpoint.pt")["step"] == 2
     classify_run(*ensemble_options(pictures, parts))
     a, b = (run.read_checkpoint(out / "checkpoint.pt")["ensemble"] for out in (whole, parts))
@@ -3022,10 +3026,11 @@ def test_a_small_u2net_learns_bright_squares():
     rows, columns = ((torch.arange(32) - place) // 9 == 0 for place in torch.randint(2, 20, (2, 64, 1)))
     masks = 255 * (rows[:, None, :, None] & columns[:, None, None]).byte()
     images = (masks // 2 + torch.randint(100, masks.shape)).expand(-1, 3, -1, -1)
-    model = miniature.train_saliency(u2net.U2Net(TINY), images[:48], masks[:48], 40)
+    model = u2net.U2Net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5)
+    miniature.train_saliency(model, images[:48], masks[:48], 80)
     with torch.no_grad():
         found = model(u2net.normalise(images[48:].float() / 255))
-    assert evaluate.mask_iou(found, masks[48:] / 255) > 0.3
+    assert evaluate.mask_iou(found, masks[48:] / 255) > 0.7
 
 
 def test_the_miniature_is_made_trained_and_tabulated(tmp_path, monkeypatch, few_images):
