@@ -334,16 +334,16 @@ def load(source: str | Path | dict, *, frozen: bool = True) -> BigGAN:
     return model.freeze() if frozen else model
 
 
-def read_state(source: str | Path | dict, mmap: bool = True) -> dict:
+def read_state(source: str | Path | dict) -> dict:
     """A new raw state dict from one or from a file, of which nothing is run, without {"state_dict": ..}
-    around it or DataParallel's `module.` before its keys. Raises ValueError if there is none.
-    mmap: tensors stay in the file till they are used, if its format allows; not for a file to be replaced."""
+    around it or DataParallel's `module.` before its keys. Its tensors stay in the file till they are used, if
+    its format allows. Raises ValueError if there is none."""
     try:
         state = source
         if not isinstance(source, dict):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                mmap = mmap and zipfile.is_zipfile(source)  # not before torch 1.6
+                mmap = zipfile.is_zipfile(source)  # not before torch 1.6
                 state = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
         state = state.get("state_dict", state)
         parallel = all(isinstance(key, str) and key.startswith("module.") for key in state)

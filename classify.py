@@ -40,11 +40,12 @@ from torchvision import transforms
 from torchvision.transforms import functional as F_image
 
 import cgn
+import drawing
 import evaluate
 import mnist_variants
 import u2net
 from run import (Items, Run, append_row, bf16_pays, check_output, command, find_device, join_group,
-                 one_process, override, rank_and_world, read_checkpoint, read_lines, refuse_options,
+                 one_process, override, rank_and_world, read_checkpoint, read_lines, refuse_options, rng,
                  save_state, watched, worker_errors)
 
 RUNS = Path(__file__).parent / "runs"
@@ -170,12 +171,12 @@ def sgd_and_head(model, steps, *, lr, head_lr):
 
 
 def mixed(sources: Sequence[Source], seed: int, device: str) -> Callable[[int], Batch]:
-    """Batches for `fit`: of each source its own number of images, those of step i by cgn.rng(seed, i)."""
+    """Batches for `fit`: of each source its own number of images, those of step i by rng(seed, i)."""
     def batches(step):
-        generator, batch = cgn.rng(seed, step), []
+        generator, batch = rng(seed, step), []
         for images, labels, count in sources:
             rows = torch.from_numpy(generator.integers(len(images), size=count))
-            batch.append((cgn.to_float(images[rows].to(device)), labels[rows].to(device)))
+            batch.append((drawing.to_float(images[rows].to(device)), labels[rows].to(device)))
         return batch
 
     return batches
@@ -287,7 +288,7 @@ def train(method: Method, sources: Sequence[Source], steps: int, seed: int = 0, 
 def predict(model: nn.Module, images: Tensor) -> Tensor:
     """Predicted class (N,) of uint8 images (N, 3, 32, 32)."""
     device = next(model.parameters()).device
-    return torch.cat([model(cgn.to_float(x.to(device))).argmax(dim=1).cpu() for x in images.split(250)])
+    return torch.cat([model(drawing.to_float(x.to(device))).argmax(dim=1).cpu() for x in images.split(250)])
 
 
 # ---------- Tables 2 and 5
@@ -325,7 +326,7 @@ def generated(args, dataset, kind, seed):
         cgn.main([f"--seed={seed}", *(f"--{option}={value}" for option, value in options.items() if value),
                   *["--bf16"] * args.bf16])
     print(f"drawing {args.count} images from {checkpoint}", flush=True)
-    return cgn.counterfactuals(cgn.load(checkpoint).to(args.device), args.count, seed, args.per_shape)
+    return drawing.counterfactuals(cgn.load(checkpoint).to(args.device), args.count, seed, args.per_shape)
 
 
 def read_counterfactuals(path: str) -> mnist_variants.Variant:
@@ -456,10 +457,10 @@ def figure6(args):
         data = load(args, dataset, "train", None, seed)
 
         def batches(step):
-            generator = cgn.rng(seed, step)
+            generator = rng(seed, step)
             chosen = torch.from_numpy(generator.integers(len(data.images), size=BATCH))
             noise = torch.from_numpy(generator.standard_normal((BATCH, 2), dtype=np.float32))
-            return cgn.to_float(data.images[chosen]).to(device), noise.to(device)
+            return drawing.to_float(data.images[chosen]).to(device), noise.to(device)
 
         torch.manual_seed(seed)
         model = fit(VAE().to(memory_format=torch.channels_last), batches,
@@ -467,7 +468,7 @@ def figure6(args):
                     lambda model, _: [(torch.optim.Adam(model.parameters(), 1e-3), None)],
                     device=device, report="beta-VAE")
         with torch.no_grad():
-            made = cgn.to_uint8(model.decoder(torch.cartesian_prod(axis, axis).to(device))).cpu()
+            made = drawing.to_uint8(model.decoder(torch.cartesian_prod(axis, axis).to(device))).cpu()
         examples = torch.stack([data.images[data.shape == digit][:5] for digit in range(10)])
         sheet = torch.cat([examples, made.unflatten(0, (10, 10))], dim=1)
         mnist_variants.save_sheet(path, sheet, rows, ["data"] * 5 + columns)
@@ -544,10 +545,9 @@ def train_ensemble(config: dict, model: Ensemble, real: Callable, counterfactual
         for step in run:
             x, y = next(reals)
             x_made, labels = next(others) if others else (x[:0], y.new_zeros(0, heads))
-            x = torch.cat([part.to(device) if part.is_floating_point() else part.to(device).float() / 255
-                           for part in (x, x_made)])
+            x = torch.cat([F_image.convert_image_dtype(part.to(device)) for part in (x, x_made)])
             # What a network draws itself, as for dropout.
-            torch.manual_seed(int(cgn.rng(config["seed"], 2 ** 40 * (rank + 1) + step).integers(2 ** 63)))
+            torch.manual_seed(int(rng(config["seed"], 2 ** 40 * (rank + 1) + step).integers(2 ** 63)))
             passed = sum(step >= milestone for milestone in config["milestones"])
             optimizer.param_groups[0]["lr"] = config["lr"] * config["decay"] ** passed
             with torch.autocast(kind, torch.bfloat16, enabled=config["bf16"]):
@@ -607,13 +607,13 @@ def random_pictures(files, batch, side, seed, share, step):
 
 @lru_cache(maxsize=4)
 def permutation(count, seed, epoch):
-    return cgn.rng(seed, 2 ** 32 + epoch).permutation(count)
+    return rng(seed, 2 ** 32 + epoch).permutation(count)
 
 
 def crop_and_flip(picture: Tensor, side: int, seed: int, index: int) -> Tensor:
-    """A random part of a picture (3, H, W) as (3, side, side), perhaps mirrored, by cgn.rng(seed, index)."""
+    """A random part of a picture (3, H, W) as (3, side, side), perhaps mirrored, by rng(seed, index)."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(cgn.rng(seed, index).integers(2 ** 63)))
+        torch.manual_seed(int(rng(seed, index).integers(2 ** 63)))
         return transforms.RandomHorizontalFlip()(transforms.RandomResizedCrop(side)(picture))
 
 
@@ -622,7 +622,7 @@ def drawn_pictures(model, batch, side, seed, per_shape, share, first):
     and labels (n, 3). Image i of the whole training is image i of the data set with this seed."""
     for step in itertools.count(first):
         part = range(step * batch, (step + 1) * batch)[share]
-        sample, labels = cgn.counterfactual_batch(model, seed, part, per_shape)
+        sample, labels = drawing.counterfactual_batch(model, seed, part, per_shape)
         yield torch.stack([crop_and_flip((x + 1) / 2, side, seed, 2 ** 36 + index)
                            for index, x in zip(part, sample.image)]), labels.T
 
@@ -663,7 +663,7 @@ def judge_main(args):
                    bool(args.imagenet), workers=args.workers, device=args.device)      # (M, heads, C)
     columns = {"prediction": scores[:, 0]}
     if len(model.heads) == 3:
-        columns = {**dict(zip(cgn.MECHANISMS, scores.unbind(1))), "average": scores.mean(dim=1),
+        columns = {**dict(zip(drawing.MECHANISMS, scores.unbind(1))), "average": scores.mean(dim=1),
                    "shape + texture": scores[:, :2].mean(dim=1)}
     for name, found in columns.items():
         found = found.softmax(dim=1)
@@ -684,7 +684,8 @@ def rows_to_judge(args, names):
         files, held = mnist_variants.labelled_files(args.imagenet), mnist_variants.class_names(args.imagenet)
         if len(files[0][1]) == 3:
             check_labels(args.imagenet, names, files)
-            return [{"file": file, **{f"{part} label": label for part, label in zip(cgn.MECHANISMS, labels)}}
+            return [{"file": file, **{f"{part} label": label
+                                      for part, label in zip(drawing.MECHANISMS, labels)}}
                     for file, labels in files]
         for name in {*held} - {*names}:
             raise ValueError(f"{args.imagenet}: {name!r} is no class that {args.checkpoint} knows")
@@ -729,7 +730,7 @@ def say_main(args):
         names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     nouns = [names[index] for index in found.indices.tolist()]
     a = [f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}" for noun in nouns]
-    sure = [f"{name} {100 * p:.0f} %" for name, p in zip(cgn.MECHANISMS, found.values.tolist())]
+    sure = [f"{name} {100 * p:.0f} %" for name, p in zip(drawing.MECHANISMS, found.values.tolist())]
     print(f"{a[0]} shape with {nouns[1]} texture on {a[2]} background ({', '.join(sure)})")
 
 
@@ -815,9 +816,8 @@ def measure_digits(args, model, dataset, trained, seed):
         readers.append(reader)
     order = torch.randint(len(val), (args.count,), generator=torch.Generator().manual_seed(trained))
     mask, *textures = (part[order].to(args.device) for part in parts)
-    size = (-1, -1, *val.shape[2:])
-    real = [mask.float() / 255, *(cgn.to_float(texture).expand(size) for texture in textures)]
-    u, y, arrangement = (drawn.to(args.device) for drawn in cgn.draw(model, seed, range(args.count)))
+    real = [mask.float() / 255, *map(drawing.to_float, textures)]
+    u, y, arrangement = (drawn.to(args.device) for drawn in drawing.draw(model, seed, range(args.count)))
     with torch.no_grad():
         sample = model(tuple(u), y[0], arrangement)
     table = disentanglement(sample, y[0], real, readers)
@@ -825,23 +825,12 @@ def measure_digits(args, model, dataset, trained, seed):
                                         for name, row in zip(LABELS, table.tolist())})
 
 
-def pairwise_iou(masks: Tensor) -> float:
-    """Mean intersection over union of all pairs of masks (N, 1, H, W), cut at 0.5; 1 where all are alike.
-    ValueError for N < 2."""
-    if len(masks) < 2:
-        raise ValueError(f"{len(masks)} masks of a class make no pair: give a larger --count")
-    flat = (masks > 0.5).flatten(1).float()
-    both, area = flat @ flat.T, flat.sum(dim=1)
-    iou = both / (area[:, None] + area - both).clamp(min=1)
-    return ((iou.sum() - iou.trace()) / (len(iou) * (len(iou) - 1))).item()
-
-
 @torch.no_grad()
 def mask_table(masks: Tensor, labels: Tensor, reader: nn.Module, names: Sequence[str]) -> dict[str, dict]:
     """How clean and how various masks (N, 1, 32, 32) in [0, 1] with labels (N,) are, a row a class: the share
     in which a reader of real digits' masks finds the class, the mean IoU of pairs of 50, and the entropy."""
     read = torch.cat([reader(2 * m.expand(-1, 3, -1, -1) - 1).argmax(dim=1) for m in masks.split(500)])
-    ious = [pairwise_iou(masks[labels == label][:50]) for label in range(len(names))]
+    ious = [evaluate.pairwise_iou(masks[labels == label][:50]) for label in range(len(names))]
     rows = [("all", labels >= 0, sum(ious) / len(ious))]
     rows += [(name, labels == label, ious[label]) for label, name in enumerate(names)]
     return {name: {"read right": f"{100 * evaluate.accuracy(read[own], labels[own]):.1f} %",
@@ -854,10 +843,10 @@ def variety_main(args):
     model = cgn.load(args.cgn).to(args.device)
     if not model.independent or model.resolution != mnist_variants.SIZE:
         raise ValueError(f"{args.cgn} draws no digits by mechanisms, which are needed here")
-    reader, names = read_classifier(cgn.find_network(args.reader)), cgn.class_names(model)
+    reader, names = read_classifier(cgn.find_network(args.reader)), drawing.class_names(model)
     seed = args.seeds[0] if args.seeds else model.config.get("seed", 0) + 1
-    u, y, arrangement = cgn.draw(model, seed, range(args.count))
-    sample = cgn.make(model, u, y, arrangement, 500)
+    u, y, arrangement = drawing.draw(model, seed, range(args.count))
+    sample = model.make(u, y, arrangement, 500)
     evaluate.print_table(f"masks of {args.cgn}", mask_table(sample.mask.cpu(), y[0], reader, names))
     spread = 127.5 * sample.foreground.flatten(2).std(dim=2).mean()
     print(f"deviation of a colour within one foreground: {spread:.1f} of 255", flush=True)

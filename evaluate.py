@@ -83,6 +83,16 @@ def mask_iou(a: Tensor, b: Tensor) -> float:
     return torch.where(either > 0, both / either, 1.0).mean().item()
 
 
+def pairwise_iou(masks: Tensor) -> float:
+    """`mask_iou` of all pairs of masks (N, 1, H, W), their mean. Raises ValueError for N < 2."""
+    if len(masks) < 2:
+        raise ValueError(f"{len(masks)} masks make no pair: give a larger --count")
+    flat = (masks > 0.5).flatten(1).float()
+    both, area = flat @ flat.T, flat.sum(dim=1)
+    iou = both / (area[:, None] + area - both).clamp(min=1)
+    return ((iou.sum() - iou.trace()) / (len(iou) * (len(iou) - 1))).item()
+
+
 def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception Score (Salimans et al., 2016): mean and deviation over splits of exp(E KL(p(y|x) | p(y))).
 

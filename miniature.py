@@ -29,10 +29,12 @@ from torchvision.models.vgg import make_layers
 import biggan
 import cgn
 import classify
+import drawing
 import evaluate
 import mnist_variants
 import u2net
-from run import Run, bf16_pays, check_output, command, find_device, one_process, refuse_options, save_state
+from run import (Run, bf16_pays, check_output, command, find_device, one_process, refuse_options, rng,
+                 save_state)
 
 DATASET = "wildlife"
 GENERATOR = ((256, 256),) * 4 + ((256, 128), (128, 64))             # channels of BigGAN's blocks
@@ -134,7 +136,7 @@ def draw_batches(images: Tensor, labels: Tensor, noise: int, batch: int, pack: i
     while True:
         y = labels[torch.randint(len(labels), (batch // pack,), generator=generator)].repeat_interleave(pack)
         place = torch.rand(batch, generator=generator, dtype=torch.double) * counts[y]
-        x = cgn.to_float(images[by_class[starts[y] + place.long()]])
+        x = drawing.to_float(images[by_class[starts[y] + place.long()]])
         z = biggan.truncated_noise(batch, noise, generator=generator)
         yield x, y, z, torch.randn(2 * batch, *x.shape[1:], generator=generator)
 
@@ -192,7 +194,7 @@ def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, de
     model.append(nn.Flatten()).append(nn.Linear(4 * STYLE[-1], 30))
 
     def batches(step):
-        rows = torch.from_numpy(cgn.rng(seed, step).integers(len(labels), size=64))
+        rows = torch.from_numpy(rng(seed, step).integers(len(labels), size=64))
         x = u2net.normalise(images[rows].to(device).float() / 255)
         return x.contiguous(memory_format=torch.channels_last), labels[rows].to(device)
 
@@ -255,8 +257,8 @@ def table1(args, steps):
 def draw_parts(model: cgn.CGN, count: int, seed: int) -> tuple[list[Tensor], Tensor]:
     """Masks, foregrounds and backgrounds (N, ..) uint8 of counterfactuals, and their labels (3, N). Masks are
     rounded, as digits have hard edges."""
-    (m, f, b, *_), labels = cgn.counterfactual_batch(model, seed, range(count), per_shape=1, at_once=100)
-    return [part.cpu() for part in (255 * (m > 0.5).byte(), cgn.to_uint8(f), cgn.to_uint8(b))], labels
+    (m, f, b, *_), labels = drawing.counterfactual_batch(model, seed, range(count), per_shape=1, at_once=100)
+    return [part.cpu() for part in (255 * (m > 0.5).byte(), drawing.to_uint8(f), drawing.to_uint8(b))], labels
 
 
 def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | None, out: Path,
@@ -269,13 +271,13 @@ def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | Non
 
     def real_images(first):
         for step in itertools.count(first):
-            rows = torch.from_numpy(cgn.rng(seed, step).integers(len(real.images), size=share))
+            rows = torch.from_numpy(rng(seed, step).integers(len(real.images), size=share))
             yield real.images[rows].float() / 255, real.shape[rows]
 
     def counterfactuals(first):
         (parts, labels), size = made, (3, classify.BATCH - share)
         for step in itertools.count(first):
-            rows = torch.from_numpy(cgn.rng(seed + 1000, step).integers(labels.shape[1], size=size))
+            rows = torch.from_numpy(rng(seed + 1000, step).integers(labels.shape[1], size=size))
             m, f, b = (part[chosen].float() / 255 for part, chosen in zip(parts, rows))
             yield cgn.compose(m, f, b), labels.gather(1, rows).T
 
@@ -332,7 +334,7 @@ def patches(args, steps):
                                 bf16=args.bf16, device=args.device, report="reader")
     parts, (_, label, _) = mnist_variants.load_parts(DATASET, "val", **load)
     mask, f, b, label = (part[:DRAWS["patches"]] for part in (*parts, label))
-    f, b, side, rows = cgn.to_float(f), cgn.to_float(b), cgn.PRESETS["mini"]["patch"], {}
+    f, b, side, rows = drawing.to_float(f), drawing.to_float(b), cgn.PRESETS["mini"]["patch"], {}
     draws = torch.rand(len(mask), cgn.PATCHES ** 2, generator=torch.Generator().manual_seed(args.seed))
     for name, margin in (("whole", 0), ("half as high", mnist_variants.SIZE // 4)):
         m = F.pad(F.interpolate(mask, mnist_variants.SIZE - 2 * margin), (margin,) * 4).float() / 255

@@ -219,6 +219,12 @@ def watched(indices: range, what: str) -> Iterator[int]:
         yield index
 
 
+def rng(seed: int, index: int) -> np.random.Generator:
+    """The one source of everything that belongs to `index` (a training step, a sampled image) under `seed`,
+    both >= 0. Philox is counter-based: each pair has a stream of its own, whatever was drawn before."""
+    return np.random.Generator(np.random.Philox(key=[seed, index]))
+
+
 def is_due(step: int, marks: Sequence[int]) -> bool:
     """Whether a step is one of the marks, or a multiple of the last of them."""
     return step in marks or step % marks[-1] == 0
