@@ -401,7 +401,8 @@ class Start(nn.Module):
         if u.ndim != 2 or u.shape[1] != NOISE or len(u) != len(y):
             raise ValueError(f"noise of shape {tuple(u.shape)}: expected ({len(y)}, {NOISE})")
         h = self.linear(torch.cat([u, self.embedding(y)], dim=1))           # (N, channels * side^2)
-        return h.unflatten(1, (-1, self.side, self.side))                   # (N, channels, side, side)
+        h = h.unflatten(1, (-1, self.side, self.side))                      # (N, channels, side, side)
+        return h.contiguous(memory_format=torch.channels_last)
 
 
 def class_weights(y: Tensor, classes: int) -> Tensor:
@@ -415,12 +416,6 @@ def class_weights(y: Tensor, classes: int) -> Tensor:
     if y.device.type == "cpu" and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise ValueError(f"class {int(y.min()) if y.min() < 0 else int(y.max())} is not in 0..{classes - 1}")
     return torch.zeros(len(y), classes, device=y.device).scatter_(1, y.long()[:, None], 1.0)
-
-
-def in_float(layer: nn.Module, h: Tensor) -> Tensor:
-    """layer(h) outside of bfloat16, whose rounding makes masks of exactly 0 and 1, without gradient."""
-    with torch.autocast(h.device.type, enabled=False):
-        return layer(h.to(layer.weight.dtype))
 
 
 class ShapeMechanism(nn.Module):
@@ -442,7 +437,7 @@ class ShapeMechanism(nn.Module):
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
         h = self.body(self.start(u, y))                                     # (N, 24, 32, 32)
-        return torch.sigmoid(in_float(self.out, h)) * self.interior         # (N, 1, 32, 32) in [0, 1]
+        return torch.sigmoid(_at_least_float(self.out(h))) * self.interior   # (N, 1, 32, 32) in [0, 1]
 
 
 class TextureMechanism(nn.Module):
@@ -463,7 +458,7 @@ class TextureMechanism(nn.Module):
         h = self.start(u, y).flatten(2)                                     # (N, 64, 100)
         h = h.gather(2, arrangement[:, None].expand_as(h)).unflatten(2, (CELLS, CELLS))
         h = self.body(h.contiguous(memory_format=torch.channels_last))      # (N, 16, 34, 34)
-        return torch.tanh(in_float(self.out, h))                            # (N, 3, 32, 32)
+        return torch.tanh(_at_least_float(self.out(h)))                      # (N, 3, 32, 32)
 
 
 class MnistCGN(CGN):
@@ -514,7 +509,7 @@ class MnistGAN(MnistCGN):
         return u.new_ones(len(u), 1, self.resolution, self.resolution), None
 
     def texture(self, u: Tensor, y: Tensor, arrangement: Tensor) -> Tensor:
-        return torch.tanh(in_float(self.out, self.body(self.start(u, y))))
+        return torch.tanh(_at_least_float(self.out(self.body(self.start(u, y)))))
 
     def background(self, u: Tensor, y: Tensor, arrangement: Tensor) -> Tensor:
         return u.new_zeros(len(u), 3, self.resolution, self.resolution)
