@@ -304,6 +304,7 @@ def parse_classes(text: str, names: list[str], count: int) -> list[int]:
 
 
 def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
+    """--counterfactuals: tensors in one file, or a folder of pictures; and a preview of the first."""
     pictures = model.resolution > mnist_variants.SIZE or args.parts
     default = "counterfactuals" if pictures else "counterfactuals.pt"
     out, count, at_once = Path(args.out or HERE / default), args.counterfactuals, args.batch or 10
@@ -326,6 +327,7 @@ def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
 
 
 def photo(args: argparse.Namespace, model: nn.Module, _: str) -> None:
+    """--photo: a picture, or a folder with labels.csv and a preview."""
     one_process("--photo")
     if not hasattr(model, "u2net"):
         raise ValueError(f"{args.checkpoint} has no U-2-Net, which finds a photo's object: ImageNet's have")
@@ -351,6 +353,7 @@ def photo(args: argparse.Namespace, model: nn.Module, _: str) -> None:
 
 
 def sheet(args: argparse.Namespace, model: nn.Module, what: str = "sheet") -> None:
+    """A sheet of all classes, of one (--outputs), of --interpolate or of --triples."""
     one_process(f"--{what}")
     path, names = check_output(args.out or HERE / f"{what}.png", args.checkpoint), class_names(model)
     if what == "sheet":
