@@ -194,7 +194,7 @@ def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, de
     model.append(nn.Flatten()).append(nn.Linear(4 * STYLE[-1], 30))
 
     def batches(step):
-        rows = torch.from_numpy(rng(seed, step).integers(len(labels), size=64))
+        rows = torch.from_numpy(rng(seed, step).integers(len(labels), size=classify.BATCH))
         x = u2net.normalise(images[rows].to(device).float() / 255)
         return x.contiguous(memory_format=torch.channels_last), labels[rows].to(device)
 

@@ -960,7 +960,7 @@ def two_ranks(work):
 
 
 def test_two_processes_give_what_one_gives_and_stop_together(tmp_path, capfd):
-    """Each has half of the images. The second is told to stop after a step's `check`."""
+    """Each has half of the images. The second is told to stop after a `check`."""
     def work(rank):
         def stop(step):
             if (rank, step) == (1, 1.5):
@@ -1474,7 +1474,7 @@ def test_the_rate_of_matrix_products_is_the_fastest_ones(monkeypatch):
 
 
 def test_as_many_images_at_once_as_fit_a_gpus_memory(networks, monkeypatch):
-    """One takes 3 GB, each further one 2: eight fit into 18.4, and six divide twelve."""
+    """One takes 3 GB, a further one 2: eight fit into 18.4, six divide twelve."""
     model, peaks = imagenet_model(networks), iter([3e9, 5e9])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(peaks))
@@ -1909,6 +1909,7 @@ def test_settings_of_classifiers_are_the_papers():
     methods, tables = classify.METHODS, classify.TABLES
     assert [*methods["irm-2"].batch] == ["0.9", "1.0"]                              # C.4
     assert [*methods["irm-5"].batch] == ["0.9", "0.925", "0.95", "0.975", "1.0"]
+    assert [*methods["original+gan"].batch.values()] == [32, 32] and classify.BATCH == 64
     assert methods["original"].optimizers.keywords == {"lr": 1.0, "decay": 0.7, "epochs": 10}
     assert [tables[name] for name in ("seeds", "count", "per_shape")] == [[0, 1, 2], 100_000, 10]
     wanted = {"network": "resnet50", "heads": 3, "batch": 256, "ratio": 1, "epochs": 70, "lr": 0.1,
@@ -2397,7 +2398,7 @@ def no_sheets(monkeypatch):
 
 @beside
 def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(networks, tmp_path, no_sheets):
-    """All processes of a run are killed; it is continued and compared with one left alone."""
+    """Killed, all processes, and continued: compared with one left alone."""
     def imagenet(out):
         run.join_group("cpu")
         imagenet_run(networks, out)
@@ -2563,7 +2564,7 @@ def test_the_documented_python_saves_a_picture(tmp_path, monkeypatch):
 
 
 def test_lines_are_short_and_nothing_is_named_that_is_not_there():
-    """In docs/differences.md and at the head of this file."""
+    """In docs/differences.md and the head of this file."""
     for path in HERE.glob("*.py"):
         assert max(map(len, path.read_text().splitlines())) <= 110, path
     index, tests = (HERE / "docs" / "differences.md").read_text(), (HERE / "test_cgn.py").read_text()
@@ -2686,7 +2687,7 @@ def measure_gpu(files, tiny, **changes):
 
 
 def computed(files, device, bf16=False):
-    """A foreground and its mask, random weights; the trained miniature's terms and gradient."""
+    """A foreground and mask, random weights; the trained miniature's terms, gradient."""
     full, shipped = FullSize(files, device, frozen=True), run.read_checkpoint(cgn.WEIGHTS / "cgn-mini.pth")
     networks = [cgn.WEIGHTS / cgn.PRESETS["mini"][name] for name in cgn.NETWORKS[:3]]
     mechanisms = [shipped[name] for name in ("f_shape", "f_text", "f_bg")]
