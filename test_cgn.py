@@ -2398,7 +2398,7 @@ def no_sheets(monkeypatch):
 
 @beside
 def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(networks, tmp_path, no_sheets):
-    """Killed, all processes, and continued: compared with one left alone."""
+    """All processes are killed; then the run is continued."""
     def imagenet(out):
         run.join_group("cpu")
         imagenet_run(networks, out)
