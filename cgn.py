@@ -623,9 +623,8 @@ def build(config: dict) -> CGN:
 def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str = "cpu") -> None:
     """Train a CGN (or the GAN baseline) adversarially on images (N, 3, 32, 32) uint8 with labels (N,) long.
 
-    Writes log.jsonl, checkpoint.pt and labelled sheets into `out`; continues from the checkpoint that lies
-    there. Every random number of step i comes from rng(seed, i), so a continued run is the uninterrupted one,
-    bit for bit on the CPU. Raises ValueError as `Run` does.
+    Writes log.jsonl, checkpoint.pt and labelled sheets into `out`, or continues what lies there: step i draws
+    from rng(seed, i), so this is the uninterrupted run, bit for bit on the CPU. Raises ValueError as `Run`.
     """
     batch, relativistic = config["batch"], config["relativistic"]
     parts = adversaries(config, device)
