@@ -197,6 +197,7 @@ def gram(h: Tensor) -> Tensor:
 
 
 def _at_least_float(x: Tensor) -> Tensor:
+    """bfloat16 as float: in bfloat16 0.999 is 1, where a sigmoid has no gradient; sums lose small terms."""
     return x.to(torch.promote_types(x.dtype, torch.float))
 
 
@@ -437,7 +438,7 @@ class ShapeMechanism(nn.Module):
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
         h = self.body(self.start(u, y))                                     # (N, 24, 32, 32)
-        return torch.sigmoid(_at_least_float(self.out(h))) * self.interior   # (N, 1, 32, 32) in [0, 1]
+        return torch.sigmoid(_at_least_float(self.out(h))) * self.interior  # (N, 1, 32, 32) in [0, 1]
 
 
 class TextureMechanism(nn.Module):
@@ -458,7 +459,7 @@ class TextureMechanism(nn.Module):
         h = self.start(u, y).flatten(2)                                     # (N, 64, 100)
         h = h.gather(2, arrangement[:, None].expand_as(h)).unflatten(2, (CELLS, CELLS))
         h = self.body(h.contiguous(memory_format=torch.channels_last))      # (N, 16, 34, 34)
-        return torch.tanh(_at_least_float(self.out(h)))                      # (N, 3, 32, 32)
+        return torch.tanh(_at_least_float(self.out(h)))                     # (N, 3, 32, 32)
 
 
 class MnistCGN(CGN):

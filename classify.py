@@ -839,7 +839,7 @@ def mask_table(masks: Tensor, labels: Tensor, reader: nn.Module, names: Sequence
 
 
 def variety_main(args):
-    """Judge the masks of --cgn, and those of real digits; say how mottled its foregrounds are."""
+    """Judge the masks of --cgn and of its data set's real digits; say how mottled its foregrounds are."""
     model = cgn.load(args.cgn).to(args.device)
     if not model.independent or model.resolution != mnist_variants.SIZE:
         raise ValueError(f"{args.cgn} draws no digits by mechanisms, which are needed here")
@@ -850,7 +850,8 @@ def variety_main(args):
     evaluate.print_table(f"masks of {args.cgn}", mask_table(sample.mask.cpu(), y[0], reader, names))
     spread = 127.5 * sample.foreground.flatten(2).std(dim=2).mean()
     print(f"deviation of a colour within one foreground: {spread:.1f} of 255", flush=True)
-    parts, (labels, *_) = mnist_variants.load_parts("wildlife", "val", root=args.mnist)
+    dataset = model.config["dataset"] if model.config["dataset"] in mnist_variants.NAMES else "wildlife"
+    parts, (labels, *_) = mnist_variants.load_parts(dataset, "val", root=args.mnist)
     masks = parts.mask[:args.count] / 255
     evaluate.print_table("masks of real digits", mask_table(masks, labels[:args.count], reader, names))
 

@@ -2257,12 +2257,13 @@ def test_masks_are_compared_in_pairs_and_read_by_class():
 
 
 def test_the_shipped_generators_draw_digits_that_are_read_in_every_class():
-    """As many as the documents say, less one in a hundred."""
+    """As many as the documents say, less a hundredth."""
     said = (HERE / "docs" / "results.md").read_text()
     for name in mnist_variants.NAMES:
         path = f"weights/cgn-{name}.pth"
         wanted, = re.findall(rf"\| `{path}` \| ([\d.]+) \|", said)
-        drawn, _ = classify_run("--make", "variety", "--cgn", path).split("masks of real digits")
+        drawn, real = classify_run("--make", "variety", "--cgn", path).split("masks of real digits")
+        assert ("| 0.307 | 0.086 bit |" in real) == (name == "colored")
         share, *classes = map(float, re.findall(r"\| ([\d.]+) %", drawn))
         assert share >= float(wanted) - 1 and len(classes) == 10 and min(classes) >= 80
 
@@ -2398,7 +2399,7 @@ def no_sheets(monkeypatch):
 
 @beside
 def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(networks, tmp_path, no_sheets):
-    """All processes are killed; then the run is continued."""
+    """All processes are killed; the run is continued."""
     def imagenet(out):
         run.join_group("cpu")
         imagenet_run(networks, out)
@@ -2564,7 +2565,6 @@ def test_the_documented_python_saves_a_picture(tmp_path, monkeypatch):
 
 
 def test_lines_are_short_and_nothing_is_named_that_is_not_there():
-    """In docs/differences.md and the head of this file."""
     for path in HERE.glob("*.py"):
         assert max(map(len, path.read_text().splitlines())) <= 110, path
     index, tests = (HERE / "docs" / "differences.md").read_text(), (HERE / "test_cgn.py").read_text()
@@ -2687,7 +2687,7 @@ def measure_gpu(files, tiny, **changes):
 
 
 def computed(files, device, bf16=False):
-    """A foreground and mask, random weights; the trained miniature's terms, gradient."""
+    """A foreground and mask, random weights; the miniature's terms, gradient."""
     full, shipped = FullSize(files, device, frozen=True), run.read_checkpoint(cgn.WEIGHTS / "cgn-mini.pth")
     networks = [cgn.WEIGHTS / cgn.PRESETS["mini"][name] for name in cgn.NETWORKS[:3]]
     mechanisms = [shipped[name] for name in ("f_shape", "f_text", "f_bg")]
