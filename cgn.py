@@ -16,7 +16,7 @@ Classifiers learn from them which part is which. Two models, called alike:
     python cgn.py --dataset imagenet                      # the paper's run
     python cgn.py --checkpoint runs/colored/checkpoint.pt --counterfactuals 100000 --out counterfactuals.pt
 
-Glossary (N images, C classes, Z noise dimensions, R pixels: 32, or 256 on ImageNet):
+Glossary (N images, C classes, Z noise dimensions, R pixels: 32 or 64, or 256 on ImageNet):
     u        noise                      (N, Z)          standard normal; on ImageNet cut at -2 and 2
     y        label or class weights     (N,) / (N, C)   long in 0..C-1 / float
     m        mask                       (N, 1, R, R)    0 background .. 1 object
@@ -64,27 +64,26 @@ def _columns(kinds: Sequence[str], rows: dict[str, tuple]) -> dict[str, dict]:
     return {kind: {name: values[place] for name, values in rows.items()} for place, kind in enumerate(kinds)}
 
 
-# Every number of every kind of run. Options override some of them, `--set name=value` overrides any. Own
-# folders of pictures train like wildlife. Digits: chosen on the validation splits.
+# Every number of every kind of run. Options override some of them, `--set name=value` overrides any. "digits"
+# are all variants of MNIST, and own folders of pictures; chosen on validation splits.
 PRESETS = {
-    **_columns(("colored", "double-colored", "wildlife"), {
-        "steps": (4000, 4000, 8000),
-        "batch": (64, 64, 64),
-        "lr": (4e-4, 4e-4, 4e-4),               # Adam, of the generator; the discriminator's is twice that
-        "relativistic": (False, False, True),   # the adversarial loss: plain hinge, or relativistic hinge
-        "noise": (0.4, 0.4, 0.4),               # deviation of noise on all the discriminator sees; fades to 0
-        "binary": (0.3, 0.3, 0.3),              # weight of L_binary, equation 3 ..
-        "binary_warmup": (1000, 1000, 1000),    # .. and the steps over which it rises from 0
-        "mask": (10.0, 10.0, 10.0),             # weight of L_mask, equation 3 ..
-        "interval": ((0.05, 0.4),) * 3,         # .. which keeps a mask's mean in here (paper: 0.1 .. 0.9)
-        "color": (10.0, 10.0, 10.0),            # weight of a class's mean colour in x_gen, of borders' in b
-        "margin": (2, 2, 2),                    # outermost pixels that are background, see ShapeMechanism
-        "shuffle": ("shift",) * 3,              # of textures' cells: authors' shift, or the paper's "puzzle"
-        "recency": (9, 9, 4),                   # samples come from an average over the last 1/9 (1/4)
-        "bf16": (False, False, False),          # compute in bfloat16
-        "log_every": (50, 50, 50),
-        "saves": ((0, 100, 250, 500),) * 3,     # checkpoints and sheets, then at multiples of the last
-    }),
+    "digits": {
+        "steps": 8000,
+        "batch": 64,
+        "lr": 4e-4,                 # Adam's, of the generator; the discriminator's is twice that
+        "noise": 0.4,               # deviation of noise on all the discriminator sees; fades to 0
+        "binary": 0.3,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
+        "center": 10.0,             # weight of what lies off a mask's middle; falls to 0 over `warmup` steps
+        "warmup": 1000,
+        "mask": 10.0,               # weight of L_mask, equation 3 ..
+        "interval": (0.05, 0.4),    # .. which keeps a mask's mean in here (paper: 0.1 .. 0.9)
+        "color": 10.0,              # weight of a class's mean colour in x_gen, and of borders' in b
+        "margin": 2,                # outermost pixels that are background, see ShapeMechanism
+        "shuffle": "shift",         # of textures' cells: authors' shift, or the paper's "puzzle"
+        "recency": 4,               # samples come from an average over about the last 1/4 of the steps
+        "bf16": False,              # compute in bfloat16
+        "log_every": 50,
+        "saves": (0, 100, 250, 500)},       # checkpoints and sheets, then at multiples of the last
     **_columns(("imagenet", "imagenet-short", "mini"), {
         # the paper (C.3)        the authors' configuration file          ten digits of 32 x 32 pixels
         "teacher": (biggan.WEIGHTS, biggan.WEIGHTS, "mini-teacher.pth"),
@@ -149,6 +148,13 @@ def mask_interval(m: Tensor, low: float = 0.1, high: float = 0.9) -> Tensor:
     return (F.relu(low - mean) + F.relu(mean - high)).mean()
 
 
+def off_center(m: Tensor) -> Tensor:
+    """How much of the image's area masks (N, 1, H, W) fill within 3/16 of its sides, a scalar. DEVIATION: not
+    in the paper. Early in training it keeps masks from becoming frames around the object."""
+    k = 3 * m.shape[2] // 16
+    return (m.sum() - m[..., k:-k, k:-k].sum()) / m.numel()
+
+
 def color_loss(images: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """How far the mean colour of images (N, 3, H, W), with labels y (N,), is from that of real ones, `target`
     (C, 3). A scalar. DEVIATION: not in the paper.
@@ -176,17 +182,10 @@ def mean_color(images: Tensor, labels: Tensor, classes: int, margin: int = 0) ->
     return torch.stack([color[labels == label].mean(dim=0) for label in range(classes)]) / 127.5 - 1
 
 
-def discriminator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Tensor:
+def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Hinge loss, a scalar: the discriminator's scores (N,) of real images shall exceed 1, of generated ones
-    fall below -1; relativistic (Jolicoeur-Martineau, 2019): each real one lead the generated one by 1."""
-    if relativistic:
-        return F.relu(1 - (real - fake)).mean()
+    fall below -1. The generator's side raises the latter's mean."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-
-
-def generator_loss(real: Tensor, fake: Tensor, relativistic: bool = False) -> Tensor:
-    """The generator's side: raise the scores of generated images; relativistic: until each leads by 1."""
-    return F.relu(1 - (fake - real)).mean() if relativistic else -fake.mean()
 
 
 def gram(h: Tensor) -> Tensor:
@@ -272,23 +271,24 @@ def imagenet_losses(model: "ImagenetCGN", m: Tensor, f: Tensor, b: Tensor, x_gt:
 # -------------------------------------------------------------------------------------- mechanisms, models
 
 NOISE = 32                          # dimensions of u at MNIST's scale (authors' code)
-CELLS, PATCH_CELLS = 10, 2          # a texture starts as 10 x 10 cells; the puzzle moves 2 x 2 at once
+PATCH_CELLS = 2                     # the puzzle moves so many cells of a texture at once, each way
 
 
-def draw_arrangement(generator: np.random.Generator, count: int, shuffle: str) -> np.ndarray:
-    """Where each of the 100 cells of a texture comes from, (count, 2, 100) ints: of foreground, background.
+def draw_arrangement(generator: np.random.Generator, count: int, shuffle: str, side: int = 10) -> np.ndarray:
+    """Where each of the side^2 cells of a texture comes from, (count, 2, side^2) ints: of foreground,
+    background.
 
     puzzle  patches of 2 x 2 cells in random order (the paper's "shuffled sliding puzzle", section 3.1)
     shift   all cells moved cyclically by a random distance (authors' code)
     """
-    grid = np.arange(CELLS * CELLS).reshape(CELLS, CELLS)
+    grid = np.arange(side * side).reshape(side, side)
     if shuffle == "shift":
-        moved = (np.arange(CELLS) + generator.integers(CELLS, size=(count, 2, 2))[..., None]) % CELLS
+        moved = (np.arange(side) + generator.integers(side, size=(count, 2, 2))[..., None]) % side
         return grid[moved[:, :, 0, :, None], moved[:, :, 1, None, :]].reshape(count, 2, -1)
-    side, cells = CELLS // PATCH_CELLS, PATCH_CELLS
-    patches = grid.reshape(side, cells, side, cells).transpose(0, 2, 1, 3).reshape(side * side, cells, cells)
-    order = generator.permuted(np.tile(np.arange(side * side), (count, 2, 1)), axis=2)
-    puzzle = patches[order].reshape(count, 2, side, side, cells, cells)
+    across, cells = side // PATCH_CELLS, PATCH_CELLS
+    patches = grid.reshape(across, cells, across, cells).transpose(0, 2, 1, 3).reshape(-1, cells, cells)
+    order = generator.permuted(np.tile(np.arange(across * across), (count, 2, 1)), axis=2)
+    puzzle = patches[order].reshape(count, 2, across, across, cells, cells)
     return puzzle.transpose(0, 1, 2, 4, 3, 5).reshape(count, 2, -1)
 
 
@@ -387,6 +387,12 @@ class Up(nn.Module):
         return self.rest(F.conv_transpose2d(x, kernel, stride=2, padding=2 - self.padding))
 
 
+def upward(channels: Sequence[int], padding: int) -> nn.Sequential:
+    """Batch norm, ReLU, and twice the size for each further number of channels."""
+    return nn.Sequential(nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True),
+                         *(Up(i, o, padding) for i, o in zip(channels, channels[1:])))
+
+
 class Start(nn.Module):
     """u (N, Z) and y, labels (N,) or class weights (N, C) -> feature maps (N, channels, side, side)."""
 
@@ -420,59 +426,60 @@ def class_weights(y: Tensor, classes: int) -> Tensor:
 
 
 class ShapeMechanism(nn.Module):
-    """f_shape: u (N, Z), y -> mask (N, 1, 32, 32) in [0, 1].
+    """f_shape: u (N, Z), y -> mask (N, 1, R, R) in [0, 1], R = 32 or 64.
 
-    The outermost `margin` pixels are 0: only the background is seen there. Without this and the `color_loss`
-    of b, nothing keeps foreground and background from swapping roles for some classes. DEVIATION.
+    The outermost `margin` pixels are 0: only the background is seen there. Without this, the `color_loss` of
+    b and `off_center`, foreground and background swap roles for some classes. DEVIATION.
     """
 
-    def __init__(self, classes: int, margin: int):
+    def __init__(self, classes: int, margin: int, size: int = 32):
         super().__init__()
-        self.start = Start(classes, 192, 4)
-        self.body = nn.Sequential(nn.BatchNorm2d(192), nn.ReLU(inplace=True),
-                                  Up(192, 96, 1), Up(96, 48, 1), Up(48, 24, 1))
-        self.out = nn.Conv2d(24, 1, 3, padding=1)
-        side = mnist_variants.SIZE
-        interior = F.pad(torch.ones(1, 1, side - 2 * margin, side - 2 * margin), (margin,) * 4)
+        channels = [192 >> doubled for doubled in range((size // 4).bit_length())]     # 192, 96, 48, 24
+        self.start = Start(classes, channels[0], 4)
+        self.body = upward(channels, 1)
+        self.out = nn.Conv2d(channels[-1], 1, 3, padding=1)
+        interior = F.pad(torch.ones(1, 1, size - 2 * margin, size - 2 * margin), (margin,) * 4)
         self.register_buffer("interior", interior, persistent=False)
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
-        h = self.body(self.start(u, y))                                     # (N, 24, 32, 32)
-        return torch.sigmoid(_at_least_float(self.out(h))) * self.interior  # (N, 1, 32, 32) in [0, 1]
+        h = self.body(self.start(u, y))                                     # (N, 24, R, R)
+        return torch.sigmoid(_at_least_float(self.out(h))) * self.interior  # (N, 1, R, R) in [0, 1]
 
 
 class TextureMechanism(nn.Module):
-    """f_text (and f_bg, its twin): u (N, Z), y, arrangement (N, 100) long -> (N, 3, 32, 32) in [-1, 1].
+    """f_text (and f_bg, its twin): u (N, Z), y, arrangement (N, cells) long -> (N, 3, R, R) in [-1, 1].
 
-    100 cells are made, rearranged at random, and decoded without padding: no place differs from another, and
-    a shape larger than a patch cannot be learned, since the next draw would break it. DEVIATION: the paper
-    rearranges just before the output layer. Here convolutions follow, which close the seams.
+    10 x 10 cells (of 64 pixels 18 x 18) are made, rearranged at random, and decoded without padding: no place
+    differs from another, and a shape larger than a patch cannot be learned, since the next draw would break
+    it. DEVIATION: the paper rearranges just before the output layer. Here convolutions follow, which close
+    the seams.
     """
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, size: int = 32):
         super().__init__()
-        self.start = Start(classes, 64, CELLS)
-        self.body = nn.Sequential(nn.BatchNorm2d(64), nn.ReLU(inplace=True), Up(64, 32, 0), Up(32, 16, 0))
+        self.start = Start(classes, 64, size // 4 + 2)
+        self.body = upward((64, 32, 16), 0)
         self.out = nn.Conv2d(16, 3, 3)
 
     def forward(self, u: Tensor, y: Tensor, arrangement: Tensor) -> Tensor:
-        h = self.start(u, y).flatten(2)                                     # (N, 64, 100)
-        h = h.gather(2, arrangement[:, None].expand_as(h)).unflatten(2, (CELLS, CELLS))
-        h = self.body(h.contiguous(memory_format=torch.channels_last))      # (N, 16, 34, 34)
-        return torch.tanh(_at_least_float(self.out(h)))                     # (N, 3, 32, 32)
+        h = self.start(u, y)
+        cells = h.flatten(2)                                                # (N, 64, cells)
+        h = cells.gather(2, arrangement[:, None].expand_as(cells)).view_as(h)
+        h = self.body(h.contiguous(memory_format=torch.channels_last))      # (N, 16, R + 2, R + 2)
+        return torch.tanh(_at_least_float(self.out(h)))                     # (N, 3, R, R)
 
 
 class MnistCGN(CGN):
     """Three small mechanisms (appendix B, MNISTs): the background is a second texture mechanism."""
 
-    def __init__(self, classes: int = 10, margin: int = 2, shuffle: str = "shift"):
+    def __init__(self, classes: int = 10, margin: int = 2, shuffle: str = "shift", size: int = 32):
         super().__init__()
-        self.classes, self.noise, self.resolution, self.shuffle = classes, NOISE, mnist_variants.SIZE, shuffle
-        self.f_shape = ShapeMechanism(classes, margin)
-        self.f_text, self.f_bg = TextureMechanism(classes), TextureMechanism(classes)
+        self.classes, self.noise, self.resolution, self.shuffle = classes, NOISE, size, shuffle
+        self.f_shape = ShapeMechanism(classes, margin, size)
+        self.f_text, self.f_bg = TextureMechanism(classes, size), TextureMechanism(classes, size)
 
     def arrange(self, generator: np.random.Generator, count: int) -> Tensor:
-        return torch.from_numpy(draw_arrangement(generator, count, self.shuffle))
+        return torch.from_numpy(draw_arrangement(generator, count, self.shuffle, self.resolution // 4 + 2))
 
     def shape(self, u: Tensor, y: Tensor) -> tuple[Tensor, None]:
         return self.f_shape(u, y), None
@@ -490,12 +497,11 @@ class MnistGAN(MnistCGN):
 
     independent = False
 
-    def __init__(self, classes: int = 10):
+    def __init__(self, classes: int = 10, size: int = 32):
         CGN.__init__(self)
-        self.classes, self.noise, self.resolution, self.shuffle = classes, NOISE, mnist_variants.SIZE, "shift"
+        self.classes, self.noise, self.resolution, self.shuffle = classes, NOISE, size, "shift"
         self.start = Start(classes, 192, 4)
-        self.body = nn.Sequential(nn.BatchNorm2d(192), nn.ReLU(inplace=True),
-                                  Up(192, 96, 1), Up(96, 48, 1), Up(48, 48, 1))
+        self.body = upward((192, 96, 48, 48, 48)[:(size // 4).bit_length()], 1)
         self.out = nn.Conv2d(48, 3, 3, padding=1)
 
     def draw(self, generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -517,15 +523,15 @@ class MnistGAN(MnistCGN):
 
 
 class Discriminator(nn.Module):
-    """Real or generated, given the class: x (N, channels, 32, 32) in [-1, 1], y (N,) long -> scores (N,).
+    """Real or generated, given the class: x (N, channels, R, R) in [-1, 1], y (N,) long -> scores (N,).
 
     Spectral norm (Miyato et al., 2018) and class projection (Miyato & Koyama, 2018).
     """
 
-    def __init__(self, classes: int = 10, width: int = 48, channels: int = 3):
+    def __init__(self, classes: int = 10, width: int = 48, channels: int = 3, size: int = 32):
         super().__init__()
-        layers = []
-        for i, o in ((channels, width), (width, 2 * width), (2 * width, 4 * width)):
+        widths, layers = (channels, width, 2 * width, 4 * width, 4 * width)[:(size // 4).bit_length()], []
+        for i, o in zip(widths, widths[1:]):
             layers += [spectral_norm(nn.Conv2d(i, o, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
         layers += [nn.Flatten(), spectral_norm(nn.Linear(4 * width * 16, 256)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers)
@@ -616,19 +622,19 @@ class StyleFeatures(nn.ModuleList):
 
 def build(config: dict) -> CGN:
     """The untrained generator that a digits run's configuration names."""
+    classes, size = len(config["names"]), config.get("size", mnist_variants.SIZE)
     if config["model"] == "gan":
-        return MnistGAN(len(config["names"]))
-    return MnistCGN(len(config["names"]), config["margin"], config["shuffle"])
+        return MnistGAN(classes, size)
+    return MnistCGN(classes, config["margin"], config["shuffle"], size)
 
 
 def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str = "cpu") -> None:
-    """Train a CGN (or the GAN baseline) adversarially on images (N, 3, 32, 32) uint8 with labels (N,) long.
+    """Train a CGN (or the GAN baseline) adversarially on images (N, 3, R, R) uint8 with labels (N,) long.
 
     Writes log.jsonl, checkpoint.pt and labelled sheets into `out`, or continues what lies there: step i draws
     from rng(seed, i), so this is the uninterrupted run, bit for bit on the CPU. Raises ValueError as `Run`.
     """
-    batch, relativistic = config["batch"], config["relativistic"]
-    parts = adversaries(config, device)
+    batch, parts = config["batch"], adversaries(config, device)
     model, average, discriminator, optimizer_g, optimizer_d, *schedules = parts.values()
     color = mean_color(images, labels, model.classes).to(device)
     border = mean_color(images, labels, model.classes, config["margin"]).to(device)
@@ -640,7 +646,7 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
             generator = rng(config["seed"], step)
             chosen = torch.from_numpy(generator.integers(len(images), size=batch))
             u = normal(generator, 3, batch, model.noise).to(device)
-            arrangement = torch.from_numpy(draw_arrangement(generator, batch, model.shuffle)).to(device)
+            arrangement = model.arrange(generator, batch).to(device)
             x, y = to_float(images[chosen].to(device)), labels[chosen].to(device)
             # Instance noise (Sonderby et al., 2017): at first the discriminator is too good to teach.
             noise = normal(generator, 2 * batch, *x.shape[1:]).to(device)
@@ -651,7 +657,7 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
                 sample = model(tuple(u), y, arrangement)
                 scores = discriminator(torch.cat([x, sample.image.detach()]) + noise, torch.cat([y, y]))
             real, fake = scores.float().split(batch)
-            loss = discriminator_loss(real, fake, relativistic)
+            loss = discriminator_loss(real, fake)
             optimizer_d.zero_grad()
             loss.backward()
             optimizer_d.step()
@@ -660,7 +666,7 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
             discriminator.requires_grad_(False)
             with autocast():
                 scores = discriminator(sample.image + noise[batch:], y)
-            losses = {"adversarial": generator_loss(real.detach(), scores.float(), relativistic)}
+            losses = {"adversarial": -scores.float().mean()}
             if model.independent:
                 losses.update(part_losses(config, sample, y, step, color, border))
             optimizer_g.zero_grad()
@@ -682,7 +688,7 @@ def adversaries(config: dict, device: str) -> dict:
     """Generator, its average, discriminator, their optimizers, and rates that fall to 0 at the end."""
     torch.manual_seed(config["seed"])
     model, discriminator, average = (network.to(device, memory_format=torch.channels_last) for network in (
-        build(config), Discriminator(len(config["names"])), build(config).eval()))
+        build(config), Discriminator(len(config["names"]), size=config["size"]), build(config).eval()))
     average.load_state_dict(model.state_dict())
     optimizers = [torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.99))
                   for network, lr in ((model, config["lr"]), (discriminator, 2 * config["lr"]))]
@@ -694,13 +700,15 @@ def adversaries(config: dict, device: str) -> dict:
 
 def part_losses(config: dict, sample: Sample, y: Tensor, step: int, color: Tensor,
                 border: Tensor) -> dict[str, Tensor]:
-    """The weighted terms beside the adversarial one: equation 3's, and the mean colours of x_gen and b."""
-    m, warm = sample.mask.float(), min(1, step / config["binary_warmup"])
+    """The weighted terms beside the adversarial one: equation 3's, the mean colours of x_gen and b, and early
+    in training what lies off the mask's middle."""
+    m, warm = sample.mask.float(), min(1, step / config["warmup"])
     losses = {"binary": config["binary"] * warm * binary_entropy(m),
               "mask": config["mask"] * mask_interval(m, *config["interval"]),
               "color": config["color"] * color_loss(sample.image.float(), y, color)}
     if config["margin"]:
         losses["border"] = config["color"] * color_loss(sample.background.float(), y, border)
+        losses["center"] = config["center"] * (1 - warm) * off_center(m)
     return losses
 
 
@@ -710,7 +718,7 @@ def variety(model: CGN, seed: int, count: int = 50) -> dict[str, float]:
     means over the first ten classes."""
     y = torch.arange(min(model.classes, 10)).repeat_interleave(count)
     u, device = normal(rng(seed, 0), len(y), model.noise), next(model.parameters()).device
-    masks = model.shape(u.to(device), y.to(device))[0]                      # (10 * count, 1, 32, 32)
+    masks = model.shape(u.to(device), y.to(device))[0]                      # (10 * count, 1, R, R)
     ious = [evaluate.pairwise_iou(of_class) for of_class in masks.split(count)]
     return {"pairwise_iou": sum(ious) / len(ious), "entropy": binary_entropy(masks).item()}
 
@@ -887,7 +895,7 @@ NETWORKS = ("teacher", "saliency", "style", "inception")
 # What each kind of command understands; any other option is refused.
 EVERY = {"out", "seed", "device", "threads", "bf16", "batch"}
 TRAINING = EVERY | {"dataset", "steps", "set", "dry_run"}
-DIGITS = TRAINING | {"textures", "variance", "mnist", "model", "margin", "interval"}
+DIGITS = TRAINING | {"textures", "variance", "mnist", "model", "margin", "interval", "size"}
 IMAGENET = TRAINING | {"mini", "short", "without", "truncation"}
 DRAWINGS = ("counterfactuals", "interpolate", "triples", "outputs", "photo")
 SAMPLING = EVERY | {"checkpoint", "per_shape", "parts", "classes", "truncation", *DRAWINGS, "texture",
@@ -915,6 +923,7 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--variance", type=float, help="colored, double-colored: of colours within a class "
                           f"(default: {mnist_variants.COLOR_VARIANCE}; authors' double-colored: 0.0001)")
     training.add_argument("--mnist", help="folder of MNIST's four .gz files (default: data/mnist)")
+    training.add_argument("--size", type=int, choices=(32, 64), help="pixels of a side, of own folders")
     training.add_argument("--margin", type=int, help="outermost pixels that are background by construction")
     training.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of a mask's mean")
     imagenet = parser.add_argument_group("ImageNet (section 3, C.3)")
@@ -969,17 +978,18 @@ def _main(args: argparse.Namespace) -> None:
 def configure(args: argparse.Namespace, kind: str, **more) -> dict:
     """The configuration of a run: its preset and what the options override. Raises ValueError for what cannot
     be."""
-    config = {**more, "seed": args.seed or 0, **PRESETS[kind]}
+    config = {**PRESETS[kind]}
     override(config, args.set)
+    config.update(more, seed=args.seed or 0)
     for name in config.keys() & {"steps", "batch", "margin", "interval", "without", "truncation"}:
         value = getattr(args, name)
         if value is not None:
             config[name] = tuple(value) if isinstance(value, list) else value
-    for name in ("steps", "batch", "accumulate", "binary_warmup", "log_every"):
+    for name in ("steps", "batch", "accumulate", "warmup", "log_every"):
         if config.get(name, 1) < 1:
             raise ValueError(f"--{name} {config[name]}: must be at least 1")
-    if not 0 <= config.get("margin", 0) < mnist_variants.SIZE // 2:
-        raise ValueError(f"--margin {config['margin']}: must be in 0..{mnist_variants.SIZE // 2 - 1}")
+    if not 0 <= config.get("margin", 0) < config.get("size", 32) // 2:
+        raise ValueError(f"--margin {config['margin']}: must be in 0..{config['size'] // 2 - 1}")
     low, high = config.get("interval", (0, 1))
     if not 0 <= low < high <= 1:
         raise ValueError(f"--interval {low} {high}: two numbers in 0..1 are needed, the lower one first")
@@ -991,9 +1001,12 @@ def configure(args: argparse.Namespace, kind: str, **more) -> dict:
 
 
 def load_images(dataset: str, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[str]]:
-    """Training images (N, 3, 32, 32) uint8, labels (N,) long and class names of a variant or of a labelled
+    """Training images (N, 3, R, R) uint8, labels (N,) long and class names of a variant or of a labelled
     folder."""
+    size = args.size or mnist_variants.SIZE
     if dataset in mnist_variants.NAMES:
+        if size != mnist_variants.SIZE:
+            raise ValueError(f"--size {size}: digits have {mnist_variants.SIZE}; other sizes are for folders")
         more = {"variance": args.variance, "root": args.mnist}
         data = mnist_variants.load(dataset, "train", seed=args.seed or 0, textures=args.textures,
                                    **{name: value for name, value in more.items() if value is not None})
@@ -1003,7 +1016,7 @@ def load_images(dataset: str, args: argparse.Namespace) -> tuple[Tensor, Tensor,
         near = difflib.get_close_matches(dataset, known, 1)
         raise ValueError(f"--dataset {dataset!r} is neither {', '.join(known)} nor a folder of subfolders, a "
                          "class each" + (f": did you mean {near[0]}?" if near else ""))
-    return mnist_variants.load_folder(dataset)
+    return mnist_variants.load_folder(dataset, size)
 
 
 def announce(config: dict, what: str, device: str, out: Path) -> None:
@@ -1017,11 +1030,12 @@ def _digits(args: argparse.Namespace, dataset: str, out: Path) -> None:
     device = find_device(args.device)
     images, labels, names = load_images(dataset, args)
     data = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    config = configure(args, dataset if dataset in PRESETS else "wildlife", model=args.model or "cgn",
-                       dataset=dataset, data=data, names=names)
+    config = configure(args, "digits", model=args.model or "cgn", dataset=dataset, data=data, names=names,
+                       size=images.shape[3])
     config.update(textures=args.textures, variance=args.variance)
     config["bf16"] = bf16_pays(args.bf16 or config["bf16"], device)
-    what = f"{len(images)} images, {len(names)} classes; {config['steps']} steps of {config['batch']}"
+    what = (f"{len(images)} images of {config['size']} x {config['size']} pixels, {len(names)} classes; "
+            f"{config['steps']} steps of {config['batch']}")
     announce(config, what, device, out)
     train(config, images, labels, out, device)
 

@@ -93,6 +93,20 @@ def pairwise_iou(masks: Tensor) -> float:
     return ((iou.sum() - iou.trace()) / (len(iou) * (len(iou) - 1))).item()
 
 
+def max_f(predicted: Tensor, true: Tensor, beta2: float = 0.3) -> float:
+    """The best F of saliency maps (N, 1, H, W) in [0, 1] against masks, each true above 0.5, over 255
+    thresholds: of the mean precision and the mean recall, beta^2 = 0.3 (Achanta et al., 2009)."""
+    p, t = predicted.flatten(1), true.flatten(1) > 0.5
+    best = 0.0
+    for threshold in range(255):
+        found = p > threshold / 255
+        both = (found & t).sum(dim=1)
+        precision = (both / found.sum(dim=1).clamp(min=1)).mean().item()
+        recall = (both / t.sum(dim=1).clamp(min=1)).mean().item()
+        best = max(best, (1 + beta2) * precision * recall / max(beta2 * precision + recall, 1e-9))
+    return best
+
+
 def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception Score (Salimans et al., 2016): mean and deviation over splits of exp(E KL(p(y|x) | p(y))).
 

@@ -13,6 +13,7 @@ pre-trained network of the paper is a small one:
     python miniature.py table1                                # Table 1: one loss off at a time
     python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap
     python miniature.py patches                               # appendix F: patches as large as their object
+    python miniature.py masks --cgn FILE                      # U-2-Net learns masks of digits from a CGN
 """
 import argparse
 import itertools
@@ -58,8 +59,8 @@ WORK = {                    # steps, and the options that mean something
     "style": (4000, "mnist out bf16"), "classifier": (4000, "mnist out bf16"),
     "reader": (4000, "mnist out bf16"),
     "table1": (cgn.PRESETS["mini"]["steps"], "runs bf16"), "tables34": (2000, "mnist runs bf16"),
-    "patches": (4000, "mnist bf16")}
-DRAWS = {"table1": 5000, "tables34": 20_000, "patches": 2000}       # images of each
+    "patches": (4000, "mnist bf16"), "masks": (2000, "mnist bf16 cgn textures")}
+DRAWS = {"table1": 5000, "tables34": 20_000, "patches": 2000, "masks": 20_000}      # images of each
 
 
 # ---------- the teacher
@@ -69,10 +70,9 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
     """Train on uint8 images (N, 3, R, R) and labels (N,) long, a `Run` in `out`; returns the averaged
     generator, for `measure_statistics`. config: as TEACHER, with steps and seed.
 
-    The loss is the relativistic hinge (Jolicoeur-Martineau, 2019): real images shall lead generated ones of
-    their class by 1. discriminator(x, y) -> scores judges `pack` images of a class at once, in 3 `pack`
-    channels, and so sees where the generated ones are all alike (PacGAN; Lin et al., 2018). Raises ValueError
-    for a batch that `pack` does not divide, and as `Run`.
+    discriminator(x, y) -> scores judges `pack` images of a class at once, in 3 `pack` channels, and so sees
+    where the generated ones are all alike (PacGAN; Lin et al., 2018). Raises ValueError for a batch that
+    `pack` does not divide, and as `Run`.
     """
     batch, pack, steps = config["batch"], config["pack"], config["steps"]
     if batch % pack:
@@ -97,7 +97,7 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
             # Discriminator: real images above generated ones.
             seen = packed(torch.cat([x, fake.detach()]) + noise, pack)
             real_score, fake_score = discriminator(seen, y_pack.repeat(2)).chunk(2)
-            loss = cgn.discriminator_loss(real_score, fake_score, relativistic=True)
+            loss = relativistic_hinge(real_score, fake_score)
             optimizers[1].zero_grad()
             loss.backward()
             run.check({"discriminator": loss}, discriminator.parameters())
@@ -106,7 +106,7 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
             # Generator: generated images above real ones.
             discriminator.requires_grad_(False)
             fake_score = discriminator(packed(fake + noise[batch:], pack), y_pack)
-            loss = cgn.generator_loss(real_score.detach(), fake_score, relativistic=True)
+            loss = relativistic_hinge(fake_score, real_score.detach())
             optimizers[0].zero_grad()
             loss.backward()
             run.check({"generator": loss}, model.parameters())
@@ -119,6 +119,11 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
     for _ in range(30):                             # its weights' norms are not those of the last weights
         average.module.power_iteration()
     return average.module
+
+
+def relativistic_hinge(leading: Tensor, trailing: Tensor) -> Tensor:
+    """Scores (N,) shall lead others, image by image, by 1 (Jolicoeur-Martineau, 2019). A scalar."""
+    return F.relu(1 - (leading - trailing)).mean()
 
 
 def packed(x: Tensor, pack: int) -> Tensor:
@@ -318,7 +323,58 @@ def tables34(args, steps):
     return rows
 
 
-# ---------- appendix F, and the command
+# ---------- masks without supervision, appendix F, and the command
+
+@torch.no_grad()
+def masks(args, steps):
+    """How well masks of the test split's digits are found without a single true mask, as others judge theirs
+    (Voynov et al., 2021): by a small U-2-Net that learned from images of --cgn and the masks in them, its
+    counterfactuals or those of one label; and by the distance from the border's mean colour, its threshold
+    chosen on the validation split. Beside them a U-2-Net that learned from true masks."""
+    model = cgn.load(args.cgn).to(args.device)
+    config, count = model.config, DRAWS["masks"]
+    if not model.independent or config["dataset"] not in mnist_variants.NAMES:
+        raise ValueError(f"--cgn {args.cgn} draws no variant of MNIST by mechanisms, which is needed here")
+    how = {"textures": args.textures or config["textures"], "root": args.mnist, "seed": config["seed"],
+           "variance": config["variance"] or mnist_variants.COLOR_VARIANCE}
+    train, val, test = (mnist_variants.load_parts(config["dataset"], split, **how)[0]
+                        for split in mnist_variants.SPLITS)
+    pairs = {"true masks": (mnist_variants.compose(*train)[:count], train.mask[:count])}
+    for name in "counterfactuals", "images of one label":
+        u, y, arrangement = drawing.draw(model, config["seed"] + 1, range(count))
+        sample = model.make(u, y if name == "counterfactuals" else y[:1].expand(3, -1), arrangement, 500)
+        pairs[name] = drawing.to_uint8(sample.image), (255 * sample.mask).round().byte().cpu()
+    truth, rows = (test.mask > 127).float(), {}
+
+    def measure(predicted, threshold=0.5):
+        mask = (predicted > threshold).float()
+        return {"IoU": evaluate.mask_iou(mask, truth), "max F": evaluate.max_f(predicted, truth),
+                "pixels right": (mask == truth).double().mean().item()}
+
+    distance, true = border_distance(mnist_variants.compose(*val)), (val.mask > 127).float()
+    best = max(range(100), key=lambda k: evaluate.mask_iou((distance > k / 100).float(), true)) / 100
+    distance = border_distance(mnist_variants.compose(*test))
+    rows[f"distance from the border's colour, above {best}"] = measure(distance, best)
+    for name, (images, target) in pairs.items():
+        torch.manual_seed(args.seed)
+        with torch.enable_grad():
+            network = train_saliency(u2net.U2Net(SALIENCY), images, target, steps, args.seed, bf16=args.bf16,
+                                     device=args.device, report=name)
+        rows[name] = measure(torch.cat([network(u2net.normalise(x.to(args.device).float() / 255)).cpu()
+                                        for x in mnist_variants.compose(*test).split(500)]))
+    return rows
+
+
+def border_distance(images: Tensor, margin: int = 2) -> Tensor:
+    """How far each pixel of images (N, 3, H, W) uint8 is from the mean colour of the outermost `margin`
+    pixels of its image: (N, 1, H, W), 1 for the largest distance in the image."""
+    x = images.float()
+    border = F.pad(torch.zeros(x.shape[2] - 2 * margin, x.shape[3] - 2 * margin), (margin,) * 4, value=1) > 0
+    color = x[:, :, border].mean(dim=2)[:, :, None, None]
+    distance = (x - color).square().sum(dim=1, keepdim=True).sqrt()
+    return distance / distance.amax(dim=(2, 3), keepdim=True).clamp(min=1)
+
+
 
 @torch.no_grad()
 def patches(args, steps):
@@ -349,7 +405,7 @@ def patches(args, steps):
     return rows
 
 
-TABLES = {"table1": table1, "tables34": tables34, "patches": patches}
+TABLES = {"table1": table1, "tables34": tables34, "patches": patches, "masks": masks}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -361,6 +417,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mnist", help="folder of MNIST's four .gz files (default: data/mnist)")
     add("--out", type=Path, help="folder of the networks (default: weights)")
     add("--runs", type=Path, help="folder of longer trainings (default: runs)")
+    add("--cgn", metavar="FILE", help="checkpoint of a CGN of digits, for masks")
+    add("--textures", help="its folder of DTD, if that has moved")
     add("--bf16", action="store_true", help="bfloat16 where that is safe")
     add("--device", help="cpu, cuda, .. (default: a GPU where there is one)")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -380,6 +438,8 @@ def _main(args):
     args.mnist, args.out = args.mnist or mnist_variants.ROOT, args.out or cgn.WEIGHTS
     args.runs, args.device = args.runs or classify.RUNS, find_device(args.device)
     args.bf16 = bf16_pays(args.bf16, args.device)
+    if "masks" in args.what and not args.cgn:
+        raise ValueError("masks needs --cgn")
     for what in {*args.what} - {*TABLES}:
         check_output(args.out / file_name(what))
     for what in args.what:

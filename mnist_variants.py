@@ -323,16 +323,16 @@ def class_names(folder: PathLike) -> list[str] | None:
         raise ValueError(f"{path} is not what cgn.py wrote ({error})") from None
 
 
-def load_folder(folder: PathLike) -> tuple[Tensor, Tensor, list[str]]:
-    """Images (N, 3, 32, 32) uint8, labels (N,) long and class names of a folder with one subfolder a class.
+def load_folder(folder: PathLike, size: int = SIZE) -> tuple[Tensor, Tensor, list[str]]:
+    """Images (N, 3, R, R) uint8, labels (N,) long and class names of a folder with one subfolder a class.
 
-    The shorter side is scaled to 32 pixels and the middle cut out. Raises ValueError.
+    The shorter side is scaled to `size` pixels R and the middle cut out. Raises ValueError.
     """
     import u2net
     images, labels = [], []
     for path, (label,) in _in_subfolders(folder):
-        picture = F_image.resize(u2net.open_photo(path, smallest=1), SIZE)
-        images.append(F_image.pil_to_tensor(F_image.center_crop(picture, SIZE)))
+        picture = F_image.resize(u2net.open_photo(path, smallest=1), size)
+        images.append(F_image.pil_to_tensor(F_image.center_crop(picture, size)))
         labels.append(label)
     return torch.stack(images), torch.tensor(labels), class_folders(folder)
 

@@ -133,6 +133,10 @@ class Run:
             write_file(log, "".join(json.dumps(row) + "\n" for row in (self.config, *kept)).encode())
             if state:
                 print(f"continuing {self.folder} at step {step}", flush=True)
+                threads = torch.get_num_threads()
+                if state.get("threads") != threads:
+                    print(f"it had {state.get('threads')} threads and has {threads}: its last bits will not "
+                          "be those of a run that was never stopped", flush=True)
         return step
 
     def __iter__(self) -> Iterator[int]:
@@ -174,8 +178,9 @@ class Run:
                 row = {"step": done, **self.row, "steps_per_second": float(f"{rate:.3g}")}
                 append_row(self.folder / "log.jsonl", row)
             if due:
-                save_state(self.folder / "checkpoint.pt", {"config": self.config, "step": done, **{
-                    name: part.state_dict() for name, part in self.parts.items()}})
+                save_state(self.folder / "checkpoint.pt", {
+                    "config": self.config, "step": done, "threads": torch.get_num_threads(),
+                    **{name: part.state_dict() for name, part in self.parts.items()}})
             self.tell(done)
             if due:
                 self._draw(done)
@@ -363,9 +368,37 @@ def find_device(name: Optional[str] = None) -> str:
         raise ValueError(f"--device {name}: torch finds no such device here: choose cpu") from None
     if name.startswith("cuda"):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif name == "cpu" and torch.cuda.is_available():
-        print("computing on the CPU; there is a GPU, which is faster: leave --device off")
+    elif name == "cpu":
+        if torch.cuda.is_available():
+            print("computing on the CPU; there is a GPU, which is faster: leave --device off")
+        if torch.get_num_threads() > 1 and "OMP_NUM_THREADS" not in os.environ:     # nor --threads
+            spare_busy_cores()
     return name
+
+
+def spare_busy_cores() -> None:
+    """Compute with fewer threads where that is faster: all wait for the slowest, which is the one whose core
+    another program keeps busy."""
+    x, weight, all_threads = torch.ones(64, 32, 16, 16), torch.ones(32, 32, 3, 3), torch.get_num_threads()
+
+    def done(threads):
+        torch.set_num_threads(threads)
+        count, end = 0, time.time() + 0.1
+        while time.time() < end:
+            torch.conv2d(x, weight)
+            count += 1
+        return count
+
+    counts = {all_threads, all_threads - 1, all_threads - 2, all_threads // 2} - {-1, 0}
+    rates = {threads: 0 for threads in sorted(counts, reverse=True)}
+    for _ in range(3):
+        for threads in rates:
+            rates[threads] += done(threads)
+    threads = max(rates, key=lambda threads: rates[threads] * (1.1 if threads == all_threads else 1))
+    torch.set_num_threads(threads)
+    if threads < all_threads:
+        print(f"other programs keep cores busy: computing with {threads} of {all_threads} threads; --threads "
+              "sets another number")
 
 
 def bf16_pays(wanted: bool, device: str) -> bool:
@@ -441,6 +474,7 @@ def command(parser: argparse.ArgumentParser, main: Callable, argv: Optional[list
         if args.threads is not None:
             if args.threads < 1:
                 raise ValueError(f"--threads {args.threads}: must be at least 1")
+            os.environ["OMP_NUM_THREADS"] = str(args.threads)           # as if it had been set outside
             torch.set_num_threads(min(args.threads, os.cpu_count()))
         main(args)
     except torch.OutOfMemoryError:

@@ -303,6 +303,10 @@ def test_metrics_by_hand():
     a = torch.tensor([[1.0, 0.6, 0.0, 0.5], [0, 0, 0, 0], [1, 0, 0, 0]])[:, None, None]
     b = torch.tensor([[1.0, 0.5, 0.8, 0.6], [0, 0, 0, 0], [0, 0, 0, 0]])[:, None, None]
     assert evaluate.mask_iou(a, b) == pytest.approx((1 / 4 + 1 + 0) / 3)
+    # above 0.8 precision 1 and recall 1 / 2, below 2 / 3 and 1, below 0.1 1 / 2 and 1
+    found, true = torch.tensor([[1.0, 0.6, 0.1, 0.8], [1, 0, 0, 1]]).view(2, 1, 1, 1, 4)
+    assert evaluate.max_f(found, true) == pytest.approx(1)
+    assert evaluate.max_f(found.flip(3), 1 - true) == pytest.approx(1.3 * 0.5 / (0.3 * 0.5 + 1))
     probabilities = torch.zeros(1, 1000)
     probabilities[0, 152:200], probabilities[0, 499] = 0.01, 0.006      # 47 of 109 dogs, a knife
     assert evaluate.cue_conflict_decisions(probabilities) == ["knife"]
@@ -1024,6 +1028,19 @@ def test_an_output_is_no_input_no_folder_and_its_place_is_made_first(tmp_path):
             run.check_output(wrong, None, tmp_path / "b.png")
 
 
+def test_a_busy_core_is_spared_unless_threads_are_given(monkeypatch, capsys):
+    slow = []
+    monkeypatch.setattr(torch, "conv2d",
+                        lambda *_: time.sleep(0.02 if torch.get_num_threads() in slow else 0.01))
+    for given, slow[:], threads in ((False, [4, 3], 2), (False, [2, 3], 4), (True, [4, 3], 4)):
+        torch.set_num_threads(4)
+        with monkeypatch.context() as context:
+            None if given else context.delenv("OMP_NUM_THREADS")
+            run.find_device("cpu")
+        assert torch.get_num_threads() == threads
+        assert ("computing with 2 of 4 threads" in capsys.readouterr().out) == (threads < 4)
+
+
 def test_a_processor_is_told_of_a_gpu_and_does_not_emulate_bfloat16(monkeypatch, capsys):
     for here in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
@@ -1057,8 +1074,8 @@ def test_a_script_ends_in_one_line(capsys):
 
 def tiny_config(**changes):
     return {"model": "cgn", "dataset": "colored", "names": [f"digit {k}" for k in range(10)], "seed": 3,
-            **cgn.PRESETS["colored"], "steps": 4, "batch": 8, "lr": 1e-3, "binary": 1.0, "binary_warmup": 2,
-            "noise": 0.3, "log_every": 1, "saves": (2,), **changes}
+            "size": 32, **cgn.PRESETS["digits"], "steps": 4, "batch": 8, "lr": 1e-3, "binary": 1.0,
+            "center": 0.0, "warmup": 2, "noise": 0.3, "log_every": 1, "saves": (2,), **changes}
 
 
 def tiny_data(count=64):
@@ -1110,6 +1127,14 @@ def test_mask_losses_by_hand():
     m = (0.1 + 0.8 * torch.rand(2, 1, 3, 3, dtype=torch.float64, generator=generator)).requires_grad_()
     assert torch.autograd.gradcheck(cgn.binary_entropy, (m,))
     assert torch.autograd.gradcheck(partial(cgn.mask_interval, low=0.6, high=0.7), (m,))
+    m = torch.zeros(2, 1, 32, 32)
+    m[0, :, 5:7, 6], m[1, :, 25:27, 25] = 0.5, 1.0                  # the middle is 6 .. 25
+    assert cgn.off_center(m) == (0.5 + 1) / 2048
+    sample, labels = cgn.Sample(m, *[torch.zeros(2, 3, 32, 32)] * 3), torch.zeros(2).long()
+    config = tiny_config(center=2048.0, warmup=4)
+    for step, expected in (0, 1.5), (3, 1.5 / 4), (9, 0):
+        terms = cgn.part_losses(config, sample, labels, step, *[torch.zeros(10, 3)] * 2)
+        assert terms["center"] == expected
 
 
 def test_mean_colors_of_whole_images_and_of_borders():
@@ -1133,9 +1158,7 @@ def test_color_loss_compares_class_means_and_not_single_images():
 def test_hinge_losses_by_hand():
     real, fake = torch.tensor([2.0, 0.5, 1.0]), torch.tensor([-3.0, 0.0, 2.0])
     assert abs(cgn.discriminator_loss(real, fake) - ((0 + 0.5 + 0) / 3 + (0 + 1 + 3) / 3)) < 1e-6
-    assert abs(cgn.generator_loss(real, fake) - 1 / 3) < 1e-6
-    assert abs(cgn.discriminator_loss(real, fake, relativistic=True) - (0 + 0.5 + 2) / 3) < 1e-6
-    assert abs(cgn.generator_loss(real, fake, relativistic=True) - (6 + 1.5 + 0) / 3) < 1e-6
+    assert abs(miniature.relativistic_hinge(real, fake) - (0 + 0.5 + 2) / 3) < 1e-6
 
 
 def test_gram_matrices_and_the_perceptual_loss_by_hand():
@@ -1214,7 +1237,8 @@ def test_documented_shapes_and_ranges(any_cgn):
     for part in sample[1:4]:
         assert part.shape == (4, 3, 32, 32) and -1 <= part.min() <= part.max() <= 1
     assert torch.equal(sample.image, cgn.compose(sample.mask, sample.foreground, sample.background))
-    assert cgn.Discriminator(10)(sample.image, y).shape == (4,)
+    assert cgn.Discriminator()(sample.image, y).shape == cgn.Discriminator(size=64)(
+        cgn.MnistGAN(size=64)(torch.randn(4, 32), y).image, y).shape == (4,)
 
 
 def test_each_mechanism_answers_to_its_own_noise_and_label_only(any_cgn):
@@ -1323,24 +1347,43 @@ def test_a_stopped_run_of_digits_continues_bit_for_bit(tmp_path, monkeypatch, tr
     torch.manual_seed(99)
     cgn.train(tiny_config(), *tiny_data(), tmp_path)
     assert run_result(tmp_path) == run_result(trained)
-    assert decays == pytest.approx([1 / 10, 2 / 11, 3 / 12, 3 / 12, 4 / 13])
+    assert decays == pytest.approx([1 / 5, 2 / 6, 3 / 7, 3 / 7, 4 / 8])
     old, new = torch.nn.PReLU(init=1.0), torch.nn.PReLU(init=2.0)
     update(old, new, 0.9)
     assert old.weight.item() == pytest.approx(1.1) and new.weight.item() == 2.0
 
 
+def silhouettes(folder, count=2, side=70):
+    """Pictures of three classes that are no digits: discs, bars and crosses in stripes on rough ground."""
+    row, column = np.mgrid[:side, :side] - side / 2
+    for label, name in enumerate(("disc", "bar", "cross")):
+        for index in range(count):
+            generator = run.rng(label, index)
+            size, angle = generator.uniform(0.18, 0.3) * side, generator.uniform(0, np.pi)
+            x, y = (part - generator.uniform(-0.1, 0.1) * side for part in (column, row))
+            x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
+            bars = [(abs(x) < size) & (abs(y) < size / 3), (abs(y) < size) & (abs(x) < size / 3)]
+            mask = (x ** 2 + y ** 2 < size ** 2, bars[0], bars[0] | bars[1])[label]
+            ground, object_ = np.roll([[60, 120, 60], [200, 60, 60]], label, axis=1)
+            rough = ground + generator.normal(0, 20, (side // 5, side // 5, 1)).repeat(5, 0).repeat(5, 1)
+            stripes = object_ + 50 * np.sign(np.sin(0.7 * column + generator.uniform(0, 6)))[..., None]
+            picture = np.where(mask[..., None], stripes, rough).clip(0, 255).astype(np.uint8)
+            mnist_variants.save_png(Path(folder, name, f"{index}.png"), Image.fromarray(picture))
+
+
 def test_a_folder_of_pictures_trains_like_a_variant_and_may_be_named_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("cat", "dog"):
-        mnist_variants.save_png(Path("pictures", name, "0.png"), Image.new("RGB", (40, 50), "red"))
-    options = "--batch 4 --steps 2 --interval 0.1 0.9 --margin 0 --out run --dataset".split()
-    for name in ("pictures/", tmp_path / "pictures"):
-        cgn_works(*options, name)
-    config = cgn.load("run/checkpoint.pt").config
-    assert (config["names"], config["interval"], config["relativistic"]) == (["cat", "dog"], (0.1, 0.9), True)
+    silhouettes("pictures")
+    options = "--batch 4 --steps 2 --interval 0.1 0.9 --margin 0 --size 64 --out run --dataset".split()
+    assert "64 x 64 pixels" in cgn_works(*options, "pictures/").stdout
+    cgn_works(*options, tmp_path / "pictures")
+    model = cgn.load("run/checkpoint.pt")
+    assert (model.config["names"], model.config["interval"]) == (["bar", "cross", "disc"], (0.1, 0.9))
+    assert drawing.counterfactuals(model, 4).images.shape == (4, 3, 64, 64)
     assert "border" not in run.read_lines(Path("run/log.jsonl"))[1]
-    shutil.copy("pictures/cat/0.png", "pictures/cat/1.png")
+    shutil.copy("pictures/bar/0.png", "pictures/bar/2.png")
     cgn_refuses([*options, "pictures"], "another data")
+    cgn_refuses(["--size", 64], "--size 64: digits have 32")
 
 
 # ------------------------------ cgn: training on ImageNet
@@ -1462,7 +1505,8 @@ def test_a_stopped_imagenet_run_continues_bit_for_bit_without_frozen_networks_in
         imagenet_run(networks, tmp_path / "parts")
     imagenet_run(networks, tmp_path / "parts")
     whole, parts = (run_result(tmp_path / name) for name in ("whole", "parts"))
-    assert parts == whole and whole[0].keys() == {"config", "step", "f_shape", "f_text", "f_bg", "optimizer"}
+    assert parts == whole and whole[0].keys() == {
+        "config", "step", "threads", "f_shape", "f_text", "f_bg", "optimizer"}
     imagenet_run(networks, tmp_path / "parts", steps=3, batch=2, style="moved.pth")
     assert run.read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
 
@@ -1883,26 +1927,41 @@ def test_the_irm_penalty_is_the_squared_derivative_by_a_dummy_scale():
     assert abs(classify.irm(same, worlds, 0.5, weight=3.0) - risk - 1.5 * penalty) < 1e-5
 
 
-def test_brighter_channels_by_hand():
-    x = torch.full((3, 3, 4, 4), -0.5)
-    x[0, :, 1, 1:3] = torch.tensor([-1.0, 0.0, 1.0])[:, None]       # the digit: darker, brighter, brighter
-    x[0, :, 2, 1:3] = torch.tensor([-0.4, -0.6, -0.6])[:, None]     # nearer to the background
-    x[1, 0, 2, 2] = 0.0
-    assert classify.brighter_channels(x).tolist() == [0b011, 0b100, 0b000]
-
-
-def test_lntl_unlearns_along_the_reversed_gradient_and_knows_no_brightness_or_contrast():
+def test_a_reversed_gradient_and_a_normalised_classifier():
     h = torch.tensor([1.0, -2.0], requires_grad=True)
     seen = classify.reverse_gradient(h, 30.0)
     (seen ** 2).sum().backward()
     assert torch.equal(seen, h) and torch.equal(h.grad, -30 * 2 * h)
-    model, plain = (classify.train(classify.METHODS[name], [(*tiny_data(), 64)], 1, 1)
-                    for name in ("lntl", "normalised"))
-    same = map(torch.equal, model.classifier.parameters(), plain.classifier.parameters())
-    assert [*same] == [False] * 6 + [True] * 6      # the features: a batch norm and two convolutions
-    x = drawing.to_float(tiny_data()[0])
+    model, x = classify.normalised(), torch.rand(4, 3, 32, 32)
     gain, shift = torch.tensor([[0.5, 0.8, 2.0], [0.2, 0.0, -0.1]])[:, :, None, None]
     assert torch.allclose(model(x), model(gain * x + shift), atol=0.01)
+
+
+def test_lntl_as_published_by_hand():
+    """Kim et al.: eight bins of a pixel, black ignored; the entropy term does not teach the head."""
+    torch.manual_seed(0)
+    model, x = classify.Unlearner(), torch.full((2, 3, 28, 28), -1.0)
+    x[:, 0, :14], x[:, 1] = 0.999, -0.51
+    bins = classify.color_bins(x)
+    assert bins[0, :, 3, 3].tolist() == [7, 1, -100] and bins.shape == (2, 3, 14, 14)
+    x, y = torch.rand(4, 3, 32, 32) * 2 - 1, torch.arange(4)
+    with torch.no_grad():
+        h, target = model.classifier.features(x), classify.color_bins(x)
+        found = model.colors(h)
+        colors = sum(F.cross_entropy(found[:, k], target[:, k]) for k in range(3))
+        spread = -(found.softmax(2) * found.log_softmax(2)).sum(2).mean()
+        expected = F.cross_entropy(model.classifier.rest(h), y) + colors - 0.5 * spread
+
+    def gradients(entropy, reversal):
+        model.zero_grad()
+        loss = classify.lntl(model, [(x, y)], 0.0, reversal=reversal, entropy=entropy)
+        loss.backward()
+        return loss, model.colors[0].weight.grad.clone(), model.classifier[4].weight.grad.clone()
+
+    first, plain, other = gradients(0.5, 0.1), gradients(0.0, 0.1), gradients(0.5, 5.0)
+    assert first[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(first[1], plain[1]) and not torch.allclose(first[2], plain[2])
+    assert torch.allclose(first[1], other[1]) and not torch.allclose(first[2], other[2])
 
 
 def test_settings_of_classifiers_are_the_papers():
@@ -1925,9 +1984,9 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
 
     methods = ("irm-2", "lntl", "original+gan")
     first = rows(*methods)
-    assert [row["steps"] for row in first] == [9, 2, 3] and rows(*methods, "--threads", 1) == first
+    assert [row["steps"] for row in first] == [9, 3, 3] and rows(*methods, "--threads", 1) == first
     monkeypatch.setattr(classify, "bf16_pays", lambda wanted, device: wanted)
-    other = classify.METHODS["lntl"]._replace(objective=partial(classify.lntl, reversal=3.0))
+    other = classify.METHODS["lntl"]._replace(objective=partial(classify.lntl, reversal=3.0, entropy=0))
     monkeypatch.setitem(classify.METHODS, "lntl", other)            # what changes a number is in the key
     for number, more in enumerate(((), ("--bf16",), ("--variance", 0.1)), 4):
         assert len(rows("lntl", *more)) == number
@@ -2355,6 +2414,20 @@ def test_the_miniature_is_made_and_tabulated(tmp_path, monkeypatch, few_images):
     assert list(mini("tables34")[1])[::5] == ["real", "real+CGN/shape + texture"]
     shares = [*map(float, mini("patches")[1].values())]
     assert shares[3] > shares[2] + 10 and min(shares[0], shares[1], shares[3]) > 95
+    shipped = Path(cgn.__file__).parent / "weights"
+    ious = mini("masks", "--cgn", shipped / "cgn-colored.pth")[1]
+    assert [*map(str.split, ious)][0][:2] == ["distance", "from"] and len(ious) == 4
+    assert float(ious.popitem()[1]) < 50 and float([*ious.values()][0]) > 90     # before black, no network
+    one_line(mini("masks")[0], "needs --cgn")
+    one_line(mini("masks", "--cgn", shipped / "cgn-mini.pth")[0], "draws no variant")
+
+
+def test_the_borders_distance_is_1_where_the_colour_differs_most():
+    x = torch.full((1, 3, 8, 8), 10, dtype=torch.uint8)
+    x[0, :, 3, 4], x[0, 0, 4, 4] = 40, 40
+    distance = miniature.border_distance(x)
+    assert distance.shape == (1, 1, 8, 8) and distance[0, 0, 3, 4] == 1
+    assert distance[0, 0, 4, 4].item() == pytest.approx(3 ** -0.5) and (distance > 0).sum() == 2
 
 
 def test_the_miniatures_ensemble_learns_recombined_parts(monkeypatch, tmp_path):
@@ -2536,10 +2609,11 @@ def test_every_documented_command_is_understood():
 def test_documented_trainings_run_dry_anywhere_and_keep_nothing(arguments, tmp_path, monkeypatch, few_images,
                                                                 no_sheets):
     monkeypatch.chdir(tmp_path)
-    arguments = arguments.replace("--textures path/to/dtd", "").replace("path/to/folder", "colored")
+    silhouettes("path/to/folder")
+    arguments = arguments.replace("--textures path/to/dtd", "")
     result = script("cgn.py", *arguments.split(), "--dry-run")
     assert result.returncode == 0 and "dry run finished" in result.stdout, result.stderr
-    assert not os.listdir()
+    assert os.listdir() == ["path"]
 
 
 def test_a_dry_run_works_in_three_processes():
