@@ -109,7 +109,7 @@ class Classifier(nn.Sequential):
 
 
 def normalised() -> nn.Module:
-    """The same, with image and features normalised in each image: it sees neither brightness nor contrast."""
+    """`Classifier`, image and features normalised in each image: it sees neither brightness nor contrast."""
     model = Classifier()
     for place in (3, 5):
         model[place] = nn.Sequential(nn.InstanceNorm2d(32), nn.ReLU())
@@ -215,7 +215,7 @@ def lntl(model: Unlearner, batch: Batch, progress: float, *, reversal: float, en
     """Learning not to learn (Kim et al., 2019): the head learns colours from the features; these learn the
     label, unlearn the colours along the head's reversed gradient, and raise its entropy. A scalar."""
     x, y = map(torch.cat, zip(*batch))
-    h, bins = model.classifier.features(x), color_bins(x)
+    h, bins = model.classifier.features(x), color_bins(x)                           # (N, 3, 14, 14)
     loss = F.cross_entropy(model.classifier.rest(h).float(), y)
     found = model.colors(reverse_gradient(h, reversal)).transpose(1, 2)             # (N, 8, 3, 14, 14)
     loss = loss + 3 * F.cross_entropy(found.float(), bins)                          # a sum over channels
