@@ -375,7 +375,6 @@ def border_distance(images: Tensor, margin: int = 2) -> Tensor:
     return distance / distance.amax(dim=(2, 3), keepdim=True).clamp(min=1)
 
 
-
 @torch.no_grad()
 def patches(args, steps):
     """Appendix F: patch grids of digits in two sizes, of patches of one side and of some by the digit's size.

@@ -201,7 +201,7 @@ class Run:
             return
         self.printed, rate = now, (done - self.first) / (now - self.started)
         left = (steps - done) / rate
-        text = f"step {done:.4g}/{steps}  {rate:.3g} steps/s"
+        text = f"step {round(done, 2):.9g}/{steps}  {rate:.3g} steps/s"
         if self.images:
             text += f" = {rate * self.images:.3g} images/s{self.note(rate * self.images)}"
         if torch.cuda.is_initialized():

@@ -918,6 +918,10 @@ def test_progress_is_told_after_ten_seconds_then_each_minute_and_at_the_end(tmp_
     said = re.findall(r"step (\d*).*  0.2 steps/s = 1.6 images/s  (.*) left  loss", capsys.readouterr().out)
     assert said[0] == ("2", "1.8 h") and said[-1] == ("1300", "0.0 min")
     assert said[18:20] == [("218", "1.5 h"), ("230", "89.2 min")]
+    with run.Run(tmp_path / "long", {"steps": 20_000}, {}) as training:
+        clock[0] += 11
+        training.tell(12345.678)
+    assert "step 12345.68/20000  " in capsys.readouterr().out
     for _ in run.watched(range(0, 2000, 10), "files"):
         clock[0] += 1
     said = capsys.readouterr().out.splitlines()
