@@ -68,7 +68,7 @@ def _columns(kinds: Sequence[str], rows: dict[str, tuple]) -> dict[str, dict]:
 # are all variants of MNIST, and own folders of pictures; chosen on validation splits.
 PRESETS = {
     "digits": {
-        "steps": 8000,
+        "steps": 16_000,
         "batch": 64,
         "lr": 4e-4,                 # Adam's, of the generator; the discriminator's is twice that
         "noise": 0.4,               # deviation of noise on all the discriminator sees; fades to 0
