@@ -554,6 +554,16 @@ def test_power_iteration_finds_the_largest_singular_value():
 
 # ---------- biggan, u2net: their weights
 
+class Evil:
+    """Pickled, it runs a command that leaves the file `ran`."""
+
+    def __init__(self, folder):
+        self.command = f"touch {folder / 'ran'}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
 def raw_weights(module):
     return raw_biggan(SMALL, 2) if module is biggan else random_u2net(TINY).state_dict()
 
@@ -594,11 +604,7 @@ def test_a_raw_dict_that_does_not_fit_is_refused(module, key, variances, needed)
 
 
 def test_files_that_run_code_are_cut_off_or_of_another_network_are_one_line(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'ran'}",)
-
-    torch.save({"embeddings.weight": Evil()}, tmp_path / "evil")
+    torch.save({"embeddings.weight": Evil(tmp_path)}, tmp_path / "evil")
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other")
     (tmp_path / "short").write_bytes((tmp_path / "other").read_bytes()[:500])
     for name, module in itertools.product("evil other short nowhere".split(), (biggan, u2net)):
@@ -999,11 +1005,7 @@ def test_processes_that_find_other_folders_or_lose_one_another_say_so(tmp_path):
 
 
 def test_a_checkpoint_that_would_run_code_or_is_none_is_one_line_without_torchs_advice(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'ran'}",)
-
-    files = {"evil": {"config": Evil(), "step": 1}, "other": {"config": {}, "step": "x"}, "list": [1]}
+    files = {"evil": {"config": Evil(tmp_path), "step": 1}, "other": {"config": {}, "step": "x"}, "list": [1]}
     for name in (*files, "absent"):
         if name in files:
             torch.save(files[name], tmp_path / name)
@@ -1395,7 +1397,7 @@ def networks():
     torch.manual_seed(0)
     _, _, style = cgn.random_networks()
     style = {key: value + 0.1 * torch.randn(value.shape) for key, value in style.items() if value.numel() > 1}
-    saliency = random_u2net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5).state_dict()
+    saliency = random_u2net(TINY).state_dict()
     saliency["outconv.bias"] *= 0       # about as many salient pixels as not
     return raw_biggan([(16, 16)] * 6, 2, classes=10), saliency, style
 
