@@ -2046,14 +2046,14 @@ def test_the_vae_loss_by_hand_and_its_picture(tmp_path, few_images):
 
 
 def test_figure_7_counts_counterfactuals_of_one_and_of_ten_a_shape(tmp_path, monkeypatch):
-    def cell(args, *what):
-        assert what == ("colored", "original+cgn", 2, "shape", ("test",))
-        return {"test": args.count / 10_000 + args.per_shape / 1000}
+    def cell(args, dataset, method, seed, *what):
+        assert (dataset, method, *what) == ("colored", "original+cgn", "shape", ("test",))
+        return {"test": args.count / 10_000 + args.per_shape / 1000 + seed / 10}
 
     monkeypatch.setattr(classify, "cell", cell)
-    options = "--make figure7 --dataset colored --seeds 2 --count 1000 --runs".split()
+    options = "--make figure7 --dataset colored --seeds 0 2 --count 1000 --runs".split()
     rows = classify_run(*options, tmp_path).splitlines()[2:]
-    assert rows == ["| 100 | 1.1 | 2.0 |", "| 1000 | 10.1 | 11.0 |", "| 10000 | – | 101.0 |"]
+    assert rows == ["| 100 | 11.1 ± 14.1 | 12.0 ± 14.1 |", "| 1000 | 20.1 ± 14.1 | 21.0 ± 14.1 |"]
 
 
 def test_mistakes_with_classifiers_are_one_line(monkeypatch):
