@@ -90,7 +90,7 @@ PRESETS = {
         "saliency": ("u2net.pth", "u2net.pth", "mini-saliency.pth"),
         "style": ("vgg16_bn-6c64b313.pth", "vgg16_bn-6c64b313.pth", "mini-style.pth"),
         "inception": ("inception_v3_google-0cc3c7bd.pth",) * 2 + ("mini-classifier.pth",),
-        "steps": (300, 50, 200),                # updates
+        "steps": (300, 50, 200),                # updates; the first is the authors' command line's
         "accumulate": (4000, 2048, 50),         # images of an update
         "batch": (1, 1, 50),                    # at once, which changes no result; on a GPU as many as fit
         "lr": ((8e-6, 1e-5, 1e-5), (8e-6, 3e-5, 1e-5), (6e-7, 1e-4, 6e-5)),     # Adam's
@@ -202,7 +202,7 @@ def _at_least_float(x: Tensor) -> Tensor:
 
 def perceptual(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """L_perc, a scalar: the mean absolute difference of Gram matrices of feature maps (N, C, H, W), summed
-    over the layers."""
+    over the layers. DEVIATION: Johnson et al. square it."""
     return GRAM_SCALE * sum((gram(x) - gram(y)).abs().mean() for x, y in zip(a, b))
 
 
@@ -429,7 +429,7 @@ class ShapeMechanism(nn.Module):
     """f_shape: u (N, Z), y -> mask (N, 1, R, R) in [0, 1], R = 32 or 64.
 
     The outermost `margin` pixels are 0: only the background is seen there. Without this, the `color_loss` of
-    b and `off_center`, foreground and background swap roles for some classes. DEVIATION.
+    b and `off_center`, foreground and background swap roles for some classes. DEVIATION: not in the paper.
     """
 
     def __init__(self, classes: int, margin: int, size: int = 32):

@@ -1,7 +1,7 @@
 """Classifiers that do not take the easy way (Counterfactual Generative Networks, ICLR 2021), and their uses.
 
 On an MNIST variant's training split shape, foreground and background give the label away, on its test split
-only the shape. METHODS: what the same CNN learns from in each row of Table 2 (4.2, C.4).
+only the shape. METHODS: what the same CNN learns from in each row of Table 2 (4.3, C.4).
 
     python classify.py --dataset colored                    # Table 2; trains what is missing, below runs/
     python classify.py --cgn weights/cgn-colored.pth        # on this CGN's counterfactuals
@@ -933,7 +933,7 @@ COMMANDS = {
 def build_parser():
     parser = argparse.ArgumentParser(description="Train classifiers on counterfactual images, and judge. "
                                      "Defaults stand at the head of classify.py.")
-    add = parser.add_argument_group("MNIST variants (4.2, C.4)").add_argument
+    add = parser.add_argument_group("MNIST variants (4.3, C.4)").add_argument
     add("--dataset", nargs="+", choices=(*mnist_variants.NAMES, "imagenet"), help="imagenet: the ensemble")
     add("--method", nargs="+", choices=METHODS, help="default: Table 2's")
     add("--steps", type=int, help="of a classifier")

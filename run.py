@@ -337,17 +337,13 @@ def in_turn(work: Callable):
 
 
 def join_group(device: Optional[str]) -> str:
-    """Join the other processes where torchrun has started this one, each with a GPU of its own, before any
-    device is touched; returns the device to use, see `find_device`."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return find_device(device)
-    if device in (None, "auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if not distributed.is_initialized():
-        backend = "nccl" if device and device.startswith("cuda") else "gloo"
+    """Join the other processes where torchrun has started this one; returns the device to use, see
+    `find_device`."""
+    device = find_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
+        backend = "nccl" if device.startswith("cuda") else "gloo"
         distributed.init_process_group(backend, timeout=timedelta(hours=6))     # while one fetches or draws
-    return find_device(device)
+    return device
 
 
 def one_process(what: str) -> None:
@@ -357,12 +353,15 @@ def one_process(what: str) -> None:
 
 
 def find_device(name: Optional[str] = None) -> str:
-    """The device of that name; auto or None: cuda where there is one, else mps, else cpu. Raises ValueError
-    where it is not here."""
+    """The device of that name; auto or None: cuda where there is one, else mps, else cpu. Of torchrun's
+    processes each has a GPU of its own. Raises ValueError where it is not here."""
     if name in (None, "auto"):
         apple = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     try:
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
         torch.zeros(1, device=name).item()
     except Exception:                       # each kind of device has errors of its own
         raise ValueError(f"--device {name}: torch finds no such device here: choose cpu") from None

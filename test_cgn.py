@@ -1046,6 +1046,15 @@ def test_a_busy_core_is_spared_unless_threads_are_given(monkeypatch, capsys):
         assert ("computing with 2 of 4 threads" in capsys.readouterr().out) == (threads < 4)
 
 
+def test_each_of_torchruns_processes_has_a_gpu_of_its_own(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run.find_device() == "cuda:1" and used == ["cuda:1"] and run.find_device("cuda:3") == "cuda:3"
+
+
 def test_a_processor_is_told_of_a_gpu_and_does_not_emulate_bfloat16(monkeypatch, capsys):
     for here in (True, False):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: here)

@@ -1,7 +1,7 @@
 """U-2-Net (Qin et al., Pattern Recognition 2020): what stands out in a picture, as a mask.
 
 Made from a raw state dict, as the authors released them (xuebinqin/U-2-Net), or one of other widths.
-Submodules are named as its keys. `open_photo` is the one reader of pictures.
+Submodules are named as its keys. `open_photo` reads a person's pictures.
 
     python u2net.py photo.jpg --out mask.png --cutout object.png
 """
