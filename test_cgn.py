@@ -11,7 +11,7 @@ A listed SHA-256 must match: test_weights_of_another_hash_are_not_kept_nor_read_
 A missing file is named: test_a_fetch_that_fails_leaves_nothing_and_names_size_address_and_place.
 Nothing written is lost: test_a_row_is_appended_whole_or_not_at_all_and_a_damaged_one_is_named,
 test_a_folder_is_locked_and_keeps_the_run_of_another_configuration,
-test_nothing_that_is_not_finite_is_stepped_or_saved.
+test_what_is_not_finite_is_named_and_not_saved.
 A lost process or worker is one line: test_processes_that_find_other_folders_or_lose_one_another_say_so,
 test_a_worker_that_fails_or_dies_is_one_line.
 A mistake is one line: test_a_script_ends_in_one_line, and those with `mistake` in their names.
@@ -54,7 +54,7 @@ import classify
 import drawing
 import evaluate
 import miniature
-import mnist_variants
+import mnist_variants as mv
 import run
 import u2net
 
@@ -75,8 +75,7 @@ def beside(test):
     LONG.append(test.__name__)
 
     def wait(processes):
-        result = processes[test.__name__].result()
-        assert result.returncode == 0, result.stdout
+        processes[test.__name__].result()
 
     return wait
 
@@ -103,27 +102,32 @@ def in_project(monkeypatch):
 
 @pytest.fixture
 def few_images(monkeypatch):
-    monkeypatch.setattr(mnist_variants, "SPLITS", {name: slice(200) for name in mnist_variants.SPLITS})
+    monkeypatch.setattr(mv, "SPLITS", dict.fromkeys(mv.SPLITS, slice(200)))
 
 
-def script(name, *arguments):
+def script(module, *arguments):
     """A script's main, as a process."""
     out, error, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         try:
-            sys.modules[Path(name).stem].main([str(argument) for argument in arguments])
+            module.main([*map(str, arguments)])
         except SystemExit as stopped:
             code = stopped.code
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), error.getvalue())
 
 
 def process(*arguments, cwd=HERE, timeout=300, **more):
+    """Runs Python, which must end well."""
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **more)
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, **more)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
-def torchrun(processes, port):
-    return "-m", "torch.distributed.run", "--nproc-per-node", processes, "--master-port", port
+def works(module, *arguments):
+    """What a script prints that ends well."""
+    result = script(module, *arguments)
+    assert result.returncode == 0, result
+    return result.stdout
 
 
 def one_line(result, *words):
@@ -134,7 +138,7 @@ def one_line(result, *words):
 
 # ---------- mnist_variants
 
-mv, mv_main = mnist_variants, partial(script, "mnist_variants.py")
+mv_main = partial(script, mv)
 
 
 @pytest.mark.parametrize("split, agreement, expected", [
@@ -163,7 +167,7 @@ def test_images_are_a_function_of_the_seed_a_digit_in_its_class_color(name, vari
     fore, back = fore.double().flatten(1), back.double().flatten(1)
     mean = (mv.COLORED if name == "colored" else mv.DOUBLE_BACKGROUND.roll(4, 0))[label]
     found = (fore - mean)[(mean > 100) & (mean < 155)] / 255            # clipping leaves them alone
-    assert abs(found.mean()) < 0.02 and found.var() == pytest.approx(variance, rel=0.2)
+    assert abs(found.mean()) < 0.02 and found.var() == pytest.approx(variance, rel=0.1)
     if name == "colored":
         assert (back == 0).all() and (behind == -1).all()
         assert fore.min() == 0 and fore[label == 7, 0].min() > 60           # red 250, clipped at 255
@@ -180,7 +184,6 @@ def test_colors_are_the_published_ones():
 def test_parts_are_composed_by_hand():
     mask, fore, back = torch.arange(256).byte(), torch.tensor(200).byte(), torch.tensor(30).byte()
     assert mv.compose(mask, fore, back).tolist() == [round(30 + 170 * m / 255) for m in range(256)]
-    assert mv.compose(mask[[0, 255]], fore, back).tolist() == [30, 200]
 
 
 def test_wildlife_shows_random_patches_of_its_labels_textures(monkeypatch):
@@ -288,17 +291,14 @@ def test_sheets_are_written_and_mistakes_are_one_line(tmp_path, few_images):
 
 # ---------- evaluate
 
-judge_main = partial(script, "evaluate.py")
+judge_main = partial(script, evaluate)
 
 
 def test_metrics_by_hand():
-    labels, predictions = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 0])
-    assert evaluate.accuracy(predictions, labels) == pytest.approx(0.6)
-    assert evaluate.confusion(predictions, labels, 3).tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1]]
+    labels = torch.tensor([0, 0, 1, 2, 2])
     scores = torch.arange(6.0).expand(5, 6)
     found = [evaluate.top_k_accuracy(scores, labels, *k) for k in ((), (1,), (4,))]
     assert found == pytest.approx([0.6, 0, 0.4])
-    assert evaluate.mean_std([1.0, 3.0]) == pytest.approx((2, 2 ** 0.5))
     assert evaluate.mean_std([2.0]) == (2.0, 0.0)
     a = torch.tensor([[1.0, 0.6, 0.0, 0.5], [0, 0, 0, 0], [1, 0, 0, 0]])[:, None, None]
     b = torch.tensor([[1.0, 0.5, 0.8, 0.6], [0, 0, 0, 0], [0, 0, 0, 0]])[:, None, None]
@@ -313,7 +313,6 @@ def test_metrics_by_hand():
 
 def test_inception_score_by_hand():
     sure, p = torch.eye(5).repeat(21, 1), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    assert evaluate.inception_score(sure, 1) == pytest.approx((5, 0))       # the class count
     expected = np.exp((0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25) + np.log(1 / 0.75)) / 2)
     assert evaluate.inception_score(p, 1)[0] == pytest.approx(expected)
     stored = 3.832251, 0.397233         # of parts of 11 rows and of 10, shuffled: no part is even
@@ -344,11 +343,9 @@ def test_categories_and_imagenet9_have_the_published_sizes():
 
 @needs_oracles
 def test_published_decisions_give_the_published_shape_bias():
-    folder = ORACLES / "cue_conflict"
-    for files, row in (("*experiment_squeezenet1_1_session-1.csv", "18.22 % | 133 | 597 | 1280"),
-                       ("humans/*.csv", "95.87 % | 9236 | 398 | 12800")):  # pooled, with missed answers: na
-        result = judge_main("--cue-conflict", *sorted(folder.glob(files)))
-        assert f"| object_response | {row} |" in result.stdout, result
+    """Of ten people, pooled, with missed answers: na."""
+    result = judge_main("--cue-conflict", *sorted((ORACLES / "cue_conflict/humans").glob("*.csv")))
+    assert "| object_response | 95.87 % | 9236 | 398 | 12800 |" in result.stdout, result
 
 
 def test_columns_of_a_table_are_judged_one_by_one_and_rows_pooled():
@@ -526,10 +523,9 @@ def test_gradients_are_the_plain_forwards_with_norms_held_for_two_batches_too():
         pass
 
 
-def test_class_weights_and_labels_agree_and_what_does_not_fit_is_refused():
+def test_input_that_does_not_fit_is_refused():
     model = biggan.load(raw_biggan(SMALL, None))
     z, y = torch.randn(2, 8), torch.tensor([0, 19])
-    assert torch.allclose(model(z, y, 0.02), model(z, F.one_hot(y, 20).float(), 0.02), atol=1e-6)
     for word, *given in (
             ("truncation", z, y, 0.0), ("truncation", z, y, 1.1), ("noise", z[:, :5], y), ("tensor", z, [1]),
             ("bool", z, y > 1), ("20 is not", z, y + 1), ("-1", z, y - 1), ("one for", z, y[:1]),
@@ -538,7 +534,7 @@ def test_class_weights_and_labels_agree_and_what_does_not_fit_is_refused():
             model(*given)
 
 
-def test_truncated_noise_is_cut_and_seeded():
+def test_truncated_noise_is_cut():
     z = biggan.truncated_noise(2000, truncation=0.5, seed=1)
     assert z.shape == (2000, 128) and z.abs().max() <= 1
     assert abs(z.std() / 0.5 - 0.8796) < 0.01  # cut at 2
@@ -715,7 +711,7 @@ def interrupt(*_):
 def test_the_command_draws_a_sheet_into_a_new_folder_and_mistakes_are_one_line(tmp_path, monkeypatch):
     weights, out = tmp_path / "w.png", tmp_path / "new" / "x.png"
     torch.save(raw_biggan(SMALL, 2), weights)
-    command = "biggan.py", *"--device cpu --classes 3,7 --count 1 --weights".split(), weights, "--out", out
+    command = biggan, *"--device cpu --classes 3,7 --count 1 --weights".split(), weights, "--out", out
     for option, value in (("--truncation", 0), ("--classes", "20"), ("--count", 0), ("--count", 101),
                           ("--device", "nowhere"), ("--out", tmp_path / "x.jpg"), ("--out", weights),
                           ("--out", tmp_path), ("--out", weights / "x.png")):
@@ -729,7 +725,7 @@ def test_the_command_draws_a_sheet_into_a_new_folder_and_mistakes_are_one_line(t
         patch.setattr(Image.Image, "save", full_disk)
         one_line(script(*command), "x.png", "no space left")
     assert not list(out.parent.iterdir())
-    assert script(*command).returncode == 0
+    works(*command)
     assert [path.name for path in out.parent.iterdir()] == ["x.png"] and Image.open(out).size[1] == 2 * 20
     monkeypatch.setattr(biggan, "load", interrupt)
     stopped = script(*command)
@@ -809,7 +805,7 @@ def test_a_photo_becomes_a_mask_and_a_cutout_of_its_own_size_in_new_folders(tmp_
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to see it
     Image.linear_gradient("L").resize((30, 20)).save(photo, exif=exif)
-    assert script("u2net.py", photo, "--out", out, "--cutout", cut, "--device", "cpu").returncode == 0
+    works(u2net, photo, "--out", out, "--cutout", cut, "--device", "cpu")
     seen = u2net.open_photo(photo)
     mask = u2net.saliency(u2net.load(HERE / "weights" / "u2netp.pth"), seen)
     seen.putalpha(mask)
@@ -827,11 +823,11 @@ def test_no_output_destroys_an_input_and_mistakes_are_one_line(tmp_path, monkeyp
             ("mask.png",), ("mask.png", "--out", photo / "x.png"), ("x.jpg", "--out", tmp_path / "x.jpg"),
             ("new.png", "--out", new, "--cutout", new), ("tpu", "--device", "tpu"),
             ("new.png", "--out", new, "--weights", new), ("none", "--out", new, "--weights", "none")):
-        one_line(script("u2net.py", photo, *options), word)
+        one_line(script(u2net, photo, *options), word)
     assert photo.read_bytes() == before and not new.exists()
 
 
-# ------------------------------------------------------------------------------------------------------- run
+# ---------- run
 
 def toy_run(folder, at=lambda step: None, share=slice(None), more={}, **config):
     """A tiny training; returns its losses. at(step) comes before a step's backward pass, at(step + 0.5) after
@@ -858,6 +854,11 @@ def saved_step(folder):
     return run.read_checkpoint(folder / "checkpoint.pt")["step"]
 
 
+def logged(folder):
+    """A run's rows, but for the configuration."""
+    return run.read_lines(folder / "log.jsonl")[1:]
+
+
 def test_a_signal_ends_the_step_saves_and_the_run_continues_bit_for_bit(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     toy_run(tmp_path / "whole")
@@ -876,13 +877,14 @@ def test_a_signal_ends_the_step_saves_and_the_run_continues_bit_for_bit(tmp_path
         assert run_result(out) == run_result(tmp_path / "whole")
 
 
-def test_nothing_that_is_not_finite_is_stepped_or_saved(tmp_path):
+def test_what_is_not_finite_is_named_and_not_saved(tmp_path):
     parameter = torch.zeros(2, requires_grad=True)
     parameter.grad = torch.tensor([1.0, float("inf")])
     with run.Run(tmp_path, {"steps": 4, "saves": (1,)}, {}) as training:
         next(iter(training))
-        with pytest.raises(ValueError, match="^step 1: gradient not finite"):
-            training.check({"loss": torch.tensor(1.0)}, [parameter])
+        with pytest.raises(ValueError, match="^step 1: b, gradient not finite"):
+            training.check({"a": torch.tensor(1.0), "b": torch.tensor(torch.nan)}, [parameter])
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_a_folder_is_locked_and_keeps_the_run_of_another_configuration(tmp_path):
@@ -910,7 +912,7 @@ def test_rows_checkpoints_and_sheets_come_at_their_steps(tmp_path, capsys):
         toy_run(tmp_path, steps=steps, log_every=4, saves=(0, 2, 5), more=more)
     assert drawn == [(step, step) for step in (0, 2, 5, 7, 10, 11)]                 # after the checkpoint
     assert "step 5: 5.png\n" in capsys.readouterr().out
-    assert [row["step"] for row in run.read_lines(tmp_path / "log.jsonl")[1:]] == [2, 4, 5, 7, 8, 10, 11]
+    assert [row["step"] for row in logged(tmp_path)] == [2, 4, 5, 7, 8, 10, 11]
 
 
 def test_progress_is_told_after_ten_seconds_then_each_minute_and_at_the_end(tmp_path, capsys, monkeypatch):
@@ -924,10 +926,6 @@ def test_progress_is_told_after_ten_seconds_then_each_minute_and_at_the_end(tmp_
     said = re.findall(r"step (\d*).*  0.2 steps/s = 1.6 images/s  (.*) left  loss", capsys.readouterr().out)
     assert said[0] == ("2", "1.8 h") and said[-1] == ("1300", "0.0 min")
     assert said[18:20] == [("218", "1.5 h"), ("230", "89.2 min")]
-    with run.Run(tmp_path / "long", {"steps": 20_000}, {}) as training:
-        clock[0] += 11
-        training.tell(12345.678)
-    assert "step 12345.68/20000  " in capsys.readouterr().out
     for _ in run.watched(range(0, 2000, 10), "files"):
         clock[0] += 1
     said = capsys.readouterr().out.splitlines()
@@ -987,7 +985,7 @@ def test_two_processes_give_what_one_gives_and_stop_together(tmp_path, capfd):
     two_ranks(work)
     said = capfd.readouterr().out                           # only rank 0 speaks
     assert said.count("step 6/6") == said.count("continuing") == 1
-    losses = [row["loss"] for row in run.read_lines(tmp_path / "two" / "log.jsonl")[1:]]
+    losses = [row["loss"] for row in logged(tmp_path / "two")]
     assert losses == pytest.approx(toy_run(tmp_path / "one"), rel=1e-5)
 
 
@@ -1047,12 +1045,11 @@ def test_a_busy_core_is_spared_unless_threads_are_given(monkeypatch, capsys):
 
 
 def test_each_of_torchruns_processes_has_a_gpu_of_its_own(monkeypatch):
-    used = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch.cuda, "set_device", {"cuda:1"}.remove)            # once, that one
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert run.find_device() == "cuda:1" and used == ["cuda:1"] and run.find_device("cuda:3") == "cuda:3"
+    assert (run.find_device(), run.find_device("cuda:3")) == ("cuda:1", "cuda:3")
 
 
 def test_a_processor_is_told_of_a_gpu_and_does_not_emulate_bfloat16(monkeypatch, capsys):
@@ -1084,7 +1081,7 @@ def test_a_script_ends_in_one_line(capsys):
         ended(RuntimeError("gloo"))
 
 
-# ------------------------------ cgn: equations and mechanisms
+# ---------- cgn: equations and mechanisms
 
 def tiny_config(**changes):
     return {"model": "cgn", "dataset": "colored", "names": [f"digit {k}" for k in range(10)], "seed": 3,
@@ -1092,10 +1089,10 @@ def tiny_config(**changes):
             "center": 0.0, "warmup": 2, "noise": 0.3, "log_every": 1, "saves": (2,), **changes}
 
 
-def tiny_data(count=64):
+def tiny_data():
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    return images, torch.arange(count) % 10
+    images = torch.randint(256, (64, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(64) % 10
 
 
 @pytest.fixture(scope="module")
@@ -1106,14 +1103,11 @@ def trained(tmp_path_factory):
     return out
 
 
-def cgn_works(*options):
-    result = script("cgn.py", *options)
-    assert result.returncode == 0, result.stderr
-    return result
+cgn_works = partial(works, cgn)
 
 
 def cgn_refuses(options, *words):
-    one_line(script("cgn.py", *options), *words)
+    one_line(script(cgn, *options), *words)
 
 
 def picture(path):
@@ -1131,12 +1125,10 @@ def test_compose_is_equation_2():
 
 
 def test_mask_losses_by_hand():
-    assert abs(cgn.binary_entropy(torch.full((2, 1, 4, 4), 0.5)) - 1) < 1e-6
     assert cgn.binary_entropy(torch.tensor([[[[0.0, 1.0]]]])) < 2e-3
     assert abs(cgn.binary_entropy(torch.tensor([[[[0.25]]]])) - 0.8112781) < 1e-6
     masks = torch.stack([torch.full((1, 2, 2), value) for value in (0.02, 0.5, 0.95)])
     assert abs(cgn.mask_interval(masks) - (0.08 + 0 + 0.05) / 3) < 1e-6
-    assert abs(cgn.mask_interval(masks, 0.6, 0.7) - (0.58 + 0.1 + 0.25) / 3) < 1e-6
     m = torch.zeros(2, 1, 32, 32)
     m[0, :, 5:7, 6], m[1, :, 25:27, 25] = 0.5, 1.0                  # the middle is 6 .. 25
     assert cgn.off_center(m) == (0.5 + 1) / 2048
@@ -1183,7 +1175,6 @@ def test_patches_come_from_where_the_mask_is_highest_and_fill_a_grid():
     m, spread = torch.full((2, 1, 24, 24), 0.2), torch.linspace(0, 0.999, 36).repeat(2, 1)
     m[0, :, 2:6, 3:7], m[1, :, 15:19, 10:14] = 1.0, 0.9  # one place of 4 x 4 pixels in each
     grid = cgn.patch_grid(x, m, spread, patch=4)
-    assert grid.shape == (2, 3, 24, 24)
     assert torch.equal(grid[0, 1], x[0, 0, 2:6, 3:7].repeat(6, 6))
     assert torch.equal(grid[1, 0], x[0, 0, 15:19, 10:14].repeat(6, 6))
     everywhere = cgn.patch_grid(x, torch.ones(2, 1, 24, 24), spread, patch=4)
@@ -1222,14 +1213,6 @@ def test_the_texture_follows_its_arrangement_and_the_masks_margin_is_background(
     assert torch.allclose(a.foreground[..., 4:20], b.foreground[..., 8:24], atol=1e-5)  # a cell is 4 pixels
     assert torch.equal(a.mask, b.mask)
     assert a.mask[..., :3, :].max() == a.mask[..., -3:].max() == 0 and a.mask[..., 3:-3, 3:-3].min() > 0
-
-
-@pytest.mark.parametrize("padding", [0, 1])
-def test_up_is_upsampling_and_a_convolution(padding):
-    up, x = cgn.Up(3, 5, padding).double(), torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    expected = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, padding=padding)
-    up.rest = torch.nn.Identity()
-    assert torch.allclose(up(x), expected, atol=1e-12)
 
 
 @pytest.fixture(params=["digits", "imagenet"])
@@ -1283,7 +1266,7 @@ def test_masks_in_bfloat16_are_not_rounded_to_one(any_cgn):
     assert inside.dtype == torch.float and (inside > 0.99).any() and (inside == 1).float().mean() < 0.01
 
 
-# ------------------------------ cgn: training on digits
+# ---------- cgn: training on digits
 
 def test_the_presets_are_the_papers():
     """C.1 to C.3, and the authors' configuration file, as literals."""
@@ -1301,7 +1284,7 @@ def test_four_steps_on_digits_give_what_plain_loops_give(trained):
     """Numbers of a straight line of the same steps, in plain loops."""
     expected = {"discriminator": 1.9695, "real": -0.1020, "fake": -0.1325, "adversarial": 0.1269,
                 "binary": 0.739, "mask": 0, "color": -0.0029, "border": 0.3716, "mask_mean": 0.3530}
-    *_, row = run.read_lines(trained / "log.jsonl")
+    *_, row = logged(trained)
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=0.002, abs=0.0005)
 
 
@@ -1317,7 +1300,7 @@ def test_training_leaves_sheets_that_do_not_change_the_model_and_a_generator_to_
     u = torch.from_numpy(run.rng(3, 0).standard_normal((500, 32), dtype=np.float32))
     masks = model.f_shape(u, torch.arange(500) // 50)
     ious = [evaluate.pairwise_iou(of_class) for of_class in masks.split(50)]
-    first, *_, last = run.read_lines(trained / "log.jsonl")[1:]
+    first, *_, last = logged(trained)
     assert last["pairwise_iou"] == pytest.approx(np.mean(ious)) and "entropy" not in first
     assert last["entropy"] == pytest.approx(cgn.binary_entropy(masks).item())
     cgn.save_generator(checkpoint, tmp_path / "small.pth")
@@ -1347,24 +1330,23 @@ def test_a_stopped_run_of_digits_continues_bit_for_bit(tmp_path, monkeypatch, tr
 
     def interrupted(average, model, decay):
         decays.append(decay)
-        if len(decays) == 3:
+        if len(decays) == 4:
             raise KeyboardInterrupt
         update(average, model, decay)
 
     monkeypatch.setattr(cgn, "update_average", interrupted)
     with pytest.raises(KeyboardInterrupt):
         cgn.train(tiny_config(), *tiny_data(), tmp_path)
-    torch.manual_seed(99)
     cgn.train(tiny_config(), *tiny_data(), tmp_path)
     assert run_result(tmp_path) == run_result(trained)
-    assert decays == pytest.approx([1 / 5, 2 / 6, 3 / 7, 3 / 7, 4 / 8])
+    assert decays == pytest.approx([1 / 5, 2 / 6, 3 / 7, 4 / 8, 3 / 7, 4 / 8])
     old, new = torch.nn.PReLU(init=1.0), torch.nn.PReLU(init=2.0)
     update(old, new, 0.9)
     assert old.weight.item() == pytest.approx(1.1) and new.weight.item() == 2.0
 
 
 def silhouettes(folder, count=2, side=70):
-    """Pictures that are no digits: striped discs, bars and crosses on rough ground, labelled so."""
+    """Pictures that are no digits: striped discs, bars and crosses on rough ground."""
     row, column = np.mgrid[:side, :side]
     for label, name in enumerate(("disc", "bar", "cross")):
         for index in range(count):
@@ -1376,25 +1358,25 @@ def silhouettes(folder, count=2, side=70):
             ground, stripes = np.roll([[60, 120, 60], [200, 60, 60]], label, axis=1)
             picture = np.where(mask[..., None], stripes + 50 * (-1) ** (column // 4)[..., None],
                                ground + generator.normal(0, 20, (side, side, 1))).clip(0, 255)
-            mnist_variants.save_png(Path(folder, name, f"{index}.png"), Image.fromarray(picture.astype("u1")))
+            mv.save_png(Path(folder, name, f"{index}.png"), Image.fromarray(picture.astype("u1")))
 
 
 def test_a_folder_of_pictures_trains_like_a_variant_and_may_be_named_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     silhouettes("pictures")
     options = "--batch 4 --steps 2 --interval 0.1 0.9 --margin 0 --size 64 --out run --dataset".split()
-    assert "64 x 64 pixels" in cgn_works(*options, "pictures/").stdout
+    assert "64 x 64 pixels" in cgn_works(*options, "pictures/")
     cgn_works(*options, tmp_path / "pictures")
     model = cgn.load("run/checkpoint.pt")
     assert (model.config["names"], model.config["interval"]) == (["bar", "cross", "disc"], (0.1, 0.9))
     assert drawing.counterfactuals(model, 4).images.shape == (4, 3, 64, 64)
-    assert "border" not in run.read_lines(Path("run/log.jsonl"))[1]
+    assert "border" not in logged(Path("run"))[0]
     shutil.copy("pictures/bar/0.png", "pictures/bar/2.png")
     cgn_refuses([*options, "pictures"], "another data")
     cgn_refuses(["--size", 64], "--size 64: digits have 32")
 
 
-# ------------------------------ cgn: training on ImageNet
+# ---------- cgn: training on ImageNet
 
 @pytest.fixture(scope="module")
 def networks():
@@ -1435,14 +1417,6 @@ def plain_vgg(state, x):
         h, number = F.max_pool2d(h, 2), number + 1
         found.append(h)
     return found
-
-
-def test_style_features_are_vggs_after_four_pools(networks):
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    found, expected = cgn.StyleFeatures(networks[2])(x), plain_vgg(networks[2], x)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
-    with pytest.raises(ValueError, match="features.0"):
-        cgn.StyleFeatures({})
 
 
 def straight_line_terms(networks, raw, u, y, draws, patch):
@@ -1501,22 +1475,18 @@ def test_an_update_does_not_depend_on_how_its_images_are_cut(networks, tmp_path,
     for part, lr in ((two.f_shape, 1e-4), (two.f_text, 2e-4), (two.f_bg, 3e-4)):    # Adam's first two steps
         moved = part.generator["gen_z"].weight_orig - networks[0]["generator.gen_z.weight_orig"]
         assert 1.9 * lr < moved.abs().max() < 2.05 * lr
-    a, b = (run.read_lines(tmp_path / name / "log.jsonl")[2] for name in ("1", "2"))
+    a, b = (logged(tmp_path / name)[1] for name in ("1", "2"))
     assert all(abs(a[name] - b[name]) <= 1e-4 * abs(a[name]) for name in (*cgn.TERMS, "mask_mean"))
 
 
-def test_a_stopped_imagenet_run_continues_bit_for_bit_without_frozen_networks_in_its_checkpoint(
-        networks, tmp_path, monkeypatch):
-    imagenet_run(networks, tmp_path / "whole")
-    with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
-        patch.setattr(cgn, "training_sheet", lambda *arguments: 1 / 0)              # after the checkpoint
-        imagenet_run(networks, tmp_path / "parts")
-    imagenet_run(networks, tmp_path / "parts")
+def test_an_imagenet_run_continues_bit_for_bit_without_frozen_networks_in_its_checkpoint(networks, tmp_path):
+    free = {"steps": 3, "batch": 2, "style": "moved.pth"}           # an update has one image
+    imagenet_run(networks, tmp_path / "whole", accumulate=1, **free)
+    for more in ({}, free):
+        imagenet_run(networks, tmp_path / "parts", accumulate=1, **more)
     whole, parts = (run_result(tmp_path / name) for name in ("whole", "parts"))
     assert parts == whole and whole[0].keys() == {
         "config", "step", "threads", "f_shape", "f_text", "f_bg", "optimizer"}
-    imagenet_run(networks, tmp_path / "parts", steps=3, batch=2, style="moved.pth")
-    assert run.read_checkpoint(tmp_path / "parts" / "checkpoint.pt")["step"] == 3
 
 
 def test_the_rate_of_matrix_products_is_the_fastest_ones(monkeypatch):
@@ -1536,13 +1506,6 @@ def test_as_many_images_at_once_as_fit_a_gpus_memory(networks, monkeypatch):
     watch, a = types.SimpleNamespace(), torch.ones(10, 50)          # of 10,000 operations an image
     assert cgn.images_at_once(lambda part: [a @ a.T for _ in part], model, 12, watch) == 6
     assert watch.note(1e6) == ", 1.0 % of 1 TFLOP/s"
-
-
-def test_a_term_that_is_not_finite_is_named_and_the_last_checkpoint_kept(networks, tmp_path):
-    broken = {**networks[2], "features.0.bias": networks[2]["features.0.bias"] + 1e30}
-    with pytest.raises(ValueError, match="step 1: perceptual, texture.* not finite"):
-        imagenet_run((*networks[:2], broken), tmp_path, accumulate=1)
-    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.fixture(scope="module")
@@ -1582,9 +1545,11 @@ def test_missing_big_networks_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cgn, "WEIGHTS", tmp_path)
     cgn_refuses(("--dataset", "imagenet", "--out", tmp_path / "run", "--set", "teacher=t.bin"),
                 "t.bin", "u2net.pth", "vgg16_bn-6c64b313.pth", "no network", "--mini")
+    with pytest.raises(ValueError, match="features.0"):
+        cgn.StyleFeatures({})
 
 
-# ------------------------------ cgn: sampling
+# ---------- cgn: sampling
 
 class HandCGN(cgn.CGN):
     """Pictures of one level, a plain sum of the noise, label and cells that they are made of."""
@@ -1643,7 +1608,7 @@ def hand(monkeypatch):
 def sheets(monkeypatch):
     """What is written as sheets: path, images, names of rows and columns, scale."""
     written = []
-    monkeypatch.setattr(mnist_variants, "save_sheet", lambda *what, scale: written.append((*what, scale)))
+    monkeypatch.setattr(mv, "save_sheet", lambda *what, scale: written.append((*what, scale)))
     return written
 
 
@@ -1682,7 +1647,6 @@ def test_counterfactuals_of_one_shape_share_its_noise_and_label_and_nothing_else
 
 
 def test_counterfactuals_are_a_pure_function_of_seed_and_index(tmp_path):
-    """In memory and as files."""
     hand, rows = HandCGN(), ["file,seed,u,shape,texture,background"]
     data = drawing.counterfactuals(hand, 11, 5, per_shape=3, at_once=4)
     drawing.write_counterfactuals(hand, tmp_path, 11, 5, 3, at_once=5, parts=("mask", "background"))
@@ -1789,7 +1753,6 @@ def test_the_triples_of_figure_24():
     names = list(biggan.class_numbers(",".join(map(str, range(1000))), 1000).values())
     rows = [[names[label] for label in drawing.parse_classes(text, names, 3)] for text in drawing.FIGURE_24]
     assert len(rows) == 25 and rows[0] == ["school bus", "giant panda", "geyser"]
-    assert rows[24] == ["teapot", "military uniform", "baseball"]
 
 
 @pytest.mark.parametrize("options, rows, columns, truncation", [
@@ -1853,10 +1816,10 @@ def test_a_photo_keeps_its_object_or_its_background_at_its_own_size(imagenet_che
 def test_a_folder_of_photos_becomes_one_that_the_ensemble_trains_on(imagenet_checkpoint, tmp_path):
     model, photo, out = cgn.load(imagenet_checkpoint), Image.new("RGB", (20, 30), "blue"), tmp_path / "out"
     for name in ("d/0.png", "b/0.png", "b/1.png"):
-        mnist_variants.save_png(tmp_path / "in" / name, photo)
+        mv.save_png(tmp_path / "in" / name, photo)
     command = f"--checkpoint {imagenet_checkpoint} --seed 5 --texture any --background c --photo".split()
     cgn_works(*command, tmp_path / "in", "--out", out)
-    files = mnist_variants.labelled_files(out)
+    files = mv.labelled_files(out)
     classify.check_labels(out, drawing.class_names(model), files)
     for index, ((path, labels), shape) in enumerate(zip(files, (1, 1, 3), strict=True)):
         u, y, _ = model.draw(run.rng(5, index))
@@ -1869,14 +1832,11 @@ def test_a_folder_of_photos_becomes_one_that_the_ensemble_trains_on(imagenet_che
 
 # ---------- classify
 
-def classify_run(*options):
-    result = script("classify.py", *options)
-    assert result.returncode == 0, result
-    return result.stdout
+classify_run = partial(works, classify)
 
 
 def classify_refused(options, *words):
-    one_line(script("classify.py", *options), *words)
+    one_line(script(classify, *options), *words)
 
 
 @pytest.mark.parametrize("training", (True, False))
@@ -1890,7 +1850,6 @@ def test_the_classifier_is_the_papers(training):
     scores = model.rest(h)                          # which folds the first two layers
     assert h.shape == (8, 32, 14, 14) and torch.allclose(scores, wanted, rtol=1e-9)
     assert torch.allclose(model[0].running_mean, plain[0].running_mean)
-    assert torch.allclose(model[0].running_var, plain[0].running_var)
     for found in (scores, wanted):
         F.cross_entropy(found, torch.arange(8)).backward()
     assert all(torch.allclose(a.grad, b.grad, atol=1e-12)
@@ -2002,9 +1961,9 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
 
 
 def test_the_ceiling_recombines_ten_sets_of_a_seed(few_images):
-    args = types.SimpleNamespace(mnist=mnist_variants.ROOT, textures=None, variance=0.02)
+    args = types.SimpleNamespace(mnist=mv.ROOT, textures=None, variance=0.02)
     made, second = (classify.load_source(args, "colored", "recombined", 0, 2),
-                    mnist_variants.load("colored", "train", agreement=0.1, seed=21))
+                    mv.load("colored", "train", agreement=0.1, seed=21))
     assert len(made.images) == 2000 and torch.equal(made.images[200:400], second.images)
 
 
@@ -2033,7 +1992,7 @@ def test_the_cause_is_looked_for_in_environments(tmp_path, monkeypatch):
 
     load, change = classify.load, partial(monkeypatch.setattr, classify)
     change("load", load_labels)
-    change("load_source", lambda *given: mnist_variants.Variant(None, "0", "1", "2"))
+    change("load_source", lambda *given: mv.Variant(None, "0", "1", "2"))
     change("train", train)
     change("predict", lambda model, images: images[:, int(*model)])
     said = classify_run("--make", "table5", "--dataset", "double-colored", "--seeds", 0, "--runs", tmp_path)
@@ -2080,7 +2039,7 @@ def test_mistakes_with_classifiers_are_one_line(monkeypatch):
 
 def draw_pictures(folder, *names):
     for name in names:
-        mnist_variants.save_png(folder / name, Image.linear_gradient("L").resize((40, 36)))
+        mv.save_png(folder / name, Image.linear_gradient("L").resize((40, 36)))
 
 
 def shufflenet(classes=1000):
@@ -2108,7 +2067,7 @@ def ensemble_options(folder, out, *more, **settings):
 
 
 def ensemble_losses(out):
-    return [row["loss"] for row in run.read_lines(out / "log.jsonl")[1:]]
+    return [row["loss"] for row in logged(out)]
 
 
 def test_ensemble_loss_by_hand():
@@ -2132,7 +2091,7 @@ def test_an_ensembles_heads_are_new_and_its_batch_norms_stay():
 
 
 def test_each_epoch_holds_every_picture_once(pictures):
-    files = [(path, (k,)) for k, (path, _) in enumerate(mnist_variants.labelled_files(pictures / "made"))]
+    files = [(path, (k,)) for k, (path, _) in enumerate(mv.labelled_files(pictures / "made"))]
     batches = partial(classify.random_pictures, files, 3, 32, 1, slice(None))
     (x, y), (_, other) = batches(0), batches(1)
     assert torch.equal(torch.cat([y, other]).sort(dim=0).values[:, 0], torch.arange(6))
@@ -2156,14 +2115,14 @@ def test_the_ensemble_trains_the_same_stopped_or_not_alone_or_in_two_processes(p
     classify_run(*options(whole))
     with monkeypatch.context() as patch:
         patch.setattr(u2net, "normalise", stop)
-        assert script("classify.py", *options(parts, epochs=1)).returncode == 130
+        assert script(classify, *options(parts, epochs=1)).returncode == 130
     assert (len(ensemble_losses(whole)), len(ensemble_losses(parts))) == (6, 2)
     classify_run(*options(parts, "--real", pictures / "real/../real", "--workers", 0))
     a, b = (run.read_checkpoint(out / "checkpoint.pt")["ensemble"] for out in (whole, parts))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert ensemble_losses(parts) == ensemble_losses(whole)
-    result = process(*torchrun(2, 29534), "classify.py", *options(two))
-    assert result.returncode == 0, result.stderr
+    torchrun = "-m torch.distributed.run --nproc-per-node 2 --master-port 29534".split()
+    process(*torchrun, "classify.py", *options(two))
     assert ensemble_losses(two) == pytest.approx(ensemble_losses(whole), abs=1e-5)
 
 
@@ -2326,7 +2285,7 @@ def test_masks_are_compared_in_pairs_and_read_by_class():
 def test_the_shipped_generators_draw_digits_that_are_read_in_every_class():
     """As many as the documents say, less a hundredth."""
     said = (HERE / "docs" / "results.md").read_text()
-    for name in mnist_variants.NAMES:
+    for name in mv.NAMES:
         path = f"weights/cgn-{name}.pth"
         wanted, = re.findall(rf"\| `{path}` \| ([\d.]+) \|", said)
         drawn, real = classify_run("--make", "variety", "--cgn", path).split("masks of real digits")
@@ -2391,14 +2350,9 @@ def test_statistics_are_those_of_all_draws_at_their_truncation():
             assert torch.allclose(stored[row], wanted, atol=1e-5)
 
 
-def test_the_saliency_loss_by_hand():
-    target, logits = torch.tensor([[[[0.0, 1.0]]]]), [torch.tensor([[[[0.0, 2.0]]]])] * 7
-    assert abs(miniature.saliency_loss(logits, target) - 7 * (np.log(2) + np.log1p(np.exp(-2))) / 2) < 1e-5
-
-
 def test_the_miniature_is_made_and_tabulated(tmp_path, monkeypatch, few_images):
     def mini(*what):
-        result = script("miniature.py", *what, "--steps", 2)
+        result = script(miniature, *what, "--steps", 2)
         return result, dict(re.findall(r"\n\| ([^|]+) \| ([\d.]+)", result.stdout))
 
     seen, train, judge, change = [], miniature.train_saliency, classify.table1_row, monkeypatch.setattr
@@ -2444,14 +2398,14 @@ def test_the_miniatures_ensemble_learns_recombined_parts(monkeypatch, tmp_path):
     f, b = ((20 * y + start).byte()[:, None, None, None].expand(-1, 3, 32, 32) for start in (0, 10))
     seen, made = [], ([m, f, b], torch.stack([y] * 3))
     monkeypatch.setattr(classify, "train_ensemble", lambda *given: seen.extend(next(given[3](5))))
-    miniature.train_ensemble({"seed": 0}, mnist_variants.Variant(f, y, y, y), made, tmp_path)
+    miniature.train_ensemble({"seed": 0}, mv.Variant(f, y, y, y), made, tmp_path)
     x, labels = (255 * seen[0][:, 0, 0]).round().long(), seen[1]
     assert len(x) == 60 and len(labels.unique(dim=0)) > 50
     read = torch.stack([((x == x[:, :1]).sum(dim=1) - 1) // 3, x[:, 0] // 20, x[:, -1] // 20], dim=1)
     assert torch.equal(read, labels)
 
 
-# ------------------------------------------------------------------------------------------------ the project
+# ---------- the project
 
 def forked(work, ranks=1):
     """Starts a process for each rank; returns their numbers."""
@@ -2538,21 +2492,21 @@ def kinds_of_files(generator):
             pass
 
     config, labels = tiny_config(), "t10k-labels-idx1-ubyte.gz"
-    small = random_u2net(((3, 2, 2),) + ((2, 2, 2),) * 5 + ((4, 2, 2),) * 5).state_dict()
     checkpoint = {"config": config, "step": 3, "average": {"a": torch.ones(5)}}
     picture = Image.fromarray(generator.integers(256, size=(40, 48, 3), dtype=np.uint8))
     return [
         ("biggan.pt", tensors(raw_biggan([(8, 8), (8, 8)], None, 2, 4, 4)), biggan.load, 6),
-        ("u2net.pt", tensors(small), u2net.load, 1), ("checkpoint.pt", tensors(checkpoint), cgn.load, 10),
+        ("u2net.pt", tensors(raw_weights(u2net)), u2net.load, 1),
+        ("checkpoint.pt", tensors(checkpoint), cgn.load, 10),
         ("classifier.pt", tensors(classify.Classifier().state_dict()), classify.read_classifier, 10),
         (labels, (HERE / "data" / "mnist" / labels).read_bytes(),
-         lambda path: mnist_variants._read_idx(path.parent, path.stem), 6),
+         lambda path: mv._read_idx(path.parent, path.stem), 6),
         *((f"photo.{kind}", saved(picture.save, kind), u2net.open_photo, 15)
           for kind in ("png", "jpeg", "gif", "tiff", "bmp", "webp")),
         ("predictions.csv", b"label,prediction\n1,2\n3,3\n",
          lambda path: evaluate.judge_imagenet(evaluate.read_table(path)), 20),
         ("labels.csv", b"file,shape,texture,background\n0.png,3,4,5\n1.png,0,9,2\n",
-         lambda path: mnist_variants.labelled_files(path.parent), 20),
+         lambda path: mv.labelled_files(path.parent), 20),
         ("log.jsonl", json.dumps(config).encode() + b'\n{"step": 1, "binary": 0.5}\n', continued, 20)]
 
 
@@ -2587,8 +2541,7 @@ GROUND = {
 @pytest.mark.parametrize("module", GROUND)
 def test_a_ground_floor_file_works_when_copied_alone(tmp_path, module):
     shutil.copy(HERE / f"{module}.py", tmp_path)
-    result = process("-c", GROUND[module], cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    process("-c", GROUND[module], cwd=tmp_path)
 
 
 def test_imports_run_one_way():
@@ -2619,8 +2572,7 @@ def test_documented_trainings_run_dry_anywhere_and_keep_nothing(arguments, tmp_p
     monkeypatch.chdir(tmp_path)
     silhouettes("path/to/folder")
     arguments = arguments.replace("--textures path/to/dtd", "")
-    result = script("cgn.py", *arguments.split(), "--dry-run")
-    assert result.returncode == 0 and "dry run finished" in result.stdout, result.stderr
+    assert "dry run finished" in cgn_works(*arguments.split(), "--dry-run")
     assert os.listdir() == ["path"]
 
 
@@ -2657,7 +2609,7 @@ def test_lines_are_short_and_nothing_is_named_that_is_not_there():
         assert name in ("py", "md", "txt") or hasattr(sys.modules[module], name), (module, name)
 
 
-# ------------------------------------------------------------------- measurements at full size: no tests
+# ---------- measurements at full size: no tests
 
 class FullSize:
     """An ImageNet CGN of random weights of the released sizes, or of other files, and all that its training
