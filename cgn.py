@@ -28,7 +28,6 @@ import argparse
 import contextlib
 import difflib
 import hashlib
-import itertools
 import os
 import shutil
 import tempfile
@@ -122,7 +121,7 @@ class Sample(NamedTuple):
     pre_mask: Tensor | None = None
 
 
-# ------------------------------------------------------------------------------------------ equations, losses
+# ---------- equations, losses
 
 ENTROPY_CLAMP = 1e-4                # masks are clamped to [1e-4, 1 - 1e-4] in logarithms (authors' code)
 GRAM_SCALE = 25_000.0               # a perceptual weight of 5 is 5^2 * 5e3 a layer in the authors' code
@@ -223,7 +222,7 @@ def patch_grid(x: Tensor, m: Tensor, draws: Tensor, patch: int | Tensor = 15) ->
         grids = torch.empty_like(x)
         for side in patch.unique().tolist():
             chosen = patch == side
-            grids[chosen] = patch_grid(x.detach()[chosen], m[chosen], draws[chosen], side)
+            grids[chosen] = patch_grid(x[chosen], m[chosen], draws[chosen], side)
         return grids
     if not 1 <= patch <= min(x.shape[2:]):
         raise ValueError(f"patches of {patch} pixels from images of {x.shape[2]} x {x.shape[3]}")
@@ -268,7 +267,7 @@ def imagenet_losses(model: "ImagenetCGN", m: Tensor, f: Tensor, b: Tensor, x_gt:
         yield name, compute[name]()
 
 
-# -------------------------------------------------------------------------------------- mechanisms, models
+# ---------- mechanisms, models
 
 NOISE = 32                          # dimensions of u at MNIST's scale (authors' code)
 PATCH_CELLS = 2                     # the puzzle moves so many cells of a texture at once, each way
@@ -432,7 +431,7 @@ class ShapeMechanism(nn.Module):
     b and `off_center`, foreground and background swap roles for some classes. DEVIATION: not in the paper.
     """
 
-    def __init__(self, classes: int, margin: int, size: int = 32):
+    def __init__(self, classes: int, margin: int, size: int):
         super().__init__()
         channels = [192 >> doubled for doubled in range((size // 4).bit_length())]     # 192, 96, 48, 24
         self.start = Start(classes, channels[0], 4)
@@ -442,7 +441,7 @@ class ShapeMechanism(nn.Module):
         self.register_buffer("interior", interior, persistent=False)
 
     def forward(self, u: Tensor, y: Tensor) -> Tensor:
-        h = self.body(self.start(u, y))                                     # (N, 24, R, R)
+        h = self.body(self.start(u, y))                                     # (N, C, R, R)
         return torch.sigmoid(_at_least_float(self.out(h))) * self.interior  # (N, 1, R, R) in [0, 1]
 
 
@@ -455,7 +454,7 @@ class TextureMechanism(nn.Module):
     the seams.
     """
 
-    def __init__(self, classes: int, size: int = 32):
+    def __init__(self, classes: int, size: int):
         super().__init__()
         self.start = Start(classes, 64, size // 4 + 2)
         self.body = upward((64, 32, 16), 0)
@@ -528,12 +527,12 @@ class Discriminator(nn.Module):
     Spectral norm (Miyato et al., 2018) and class projection (Miyato & Koyama, 2018).
     """
 
-    def __init__(self, classes: int = 10, width: int = 48, channels: int = 3, size: int = 32):
+    def __init__(self, classes: int = 10, channels: int = 3, size: int = 32):
         super().__init__()
-        widths, layers = (channels, width, 2 * width, 4 * width, 4 * width)[:(size // 4).bit_length()], []
+        widths, layers = (channels, 48, 96, 192, 192)[:(size // 4).bit_length()], []
         for i, o in zip(widths, widths[1:]):
             layers += [spectral_norm(nn.Conv2d(i, o, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
-        layers += [nn.Flatten(), spectral_norm(nn.Linear(4 * width * 16, 256)), nn.LeakyReLU(0.2)]
+        layers += [nn.Flatten(), spectral_norm(nn.Linear(192 * 16, 256)), nn.LeakyReLU(0.2)]
         self.body = nn.Sequential(*layers)
         self.score = spectral_norm(nn.Linear(256, 1))
         self.embedding = spectral_norm(nn.Embedding(classes, 256))
@@ -592,22 +591,22 @@ class StyleFeatures(nn.ModuleList):
 
     def __init__(self, state: dict):
         super().__init__()
-        i, number = 3, 0
+        layout, number = [], 0
         try:
             for count in STYLE_CONVS:
-                stage = nn.Sequential()
-                for _ in range(count):
-                    conv = nn.Conv2d(i, len(state[f"features.{number}.weight"]), 3, padding=1)
-                    norm = nn.BatchNorm2d(conv.out_channels)
-                    for layer, index in ((conv, number), (norm, number + 1)):
-                        keys = layer.state_dict().keys() - {"num_batches_tracked"}
-                        layer.load_state_dict({key: state[f"features.{index}.{key}"] for key in keys})
-                    stage.append(fuse_conv_bn_eval(conv.eval(), norm.eval())).append(nn.ReLU(inplace=True))
-                    i, number = conv.out_channels, number + 3
-                self.append(stage.append(nn.MaxPool2d(2)))
-                number += 1
+                layout += [len(state[f"features.{number + 3 * k}.weight"]) for k in range(count)] + ["M"]
+                number += 3 * count + 1
+            plain = make_layers(layout, batch_norm=True).eval()
+            plain.load_state_dict({key: state[f"features.{key}"] for key in plain.state_dict()
+                                   if not key.endswith("num_batches_tracked")})
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"this is no state dict of vgg16_bn: {str(error).splitlines()[0]}") from None
+        layers = iter(plain)
+        for count in STYLE_CONVS:
+            stage = nn.Sequential()
+            for _ in range(count):
+                stage.append(fuse_conv_bn_eval(next(layers), next(layers))).append(next(layers))
+            self.append(stage.append(next(layers)))
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -618,7 +617,7 @@ class StyleFeatures(nn.ModuleList):
         return features
 
 
-# ----------------------------------------------------------------------------- training on MNIST variants
+# ---------- training on MNIST variants
 
 def build(config: dict) -> CGN:
     """The untrained generator that a digits run's configuration names."""
@@ -641,7 +640,8 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
     autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=config["bf16"])
     sheet = partial(training_sheet, average, config, out, None)
 
-    with Run(out, config, parts, free=("dataset", "textures", "variance"), sheet=sheet, images=batch) as run:
+    free = ("dataset", "textures", "variance", "log_every", "saves")        # they change no result
+    with Run(out, config, parts, free=free, sheet=sheet, images=batch) as run:
         for step in run:
             generator = rng(config["seed"], step)
             chosen = torch.from_numpy(generator.integers(len(images), size=batch))
@@ -674,7 +674,7 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
             # One check for both, since it waits for the device: nothing of this step is saved yet.
             shown = {"discriminator": loss, "real": real.mean(), "fake": fake.mean(), **losses}
             shown["mask_mean"] = sample.mask.mean()
-            run.check(shown, itertools.chain(discriminator.parameters(), model.parameters()))
+            run.check(shown, [*discriminator.parameters(), *model.parameters()])
             optimizer_g.step()
             discriminator.requires_grad_(True)
             for schedule in schedules:
@@ -702,12 +702,12 @@ def part_losses(config: dict, sample: Sample, y: Tensor, step: int, color: Tenso
                 border: Tensor) -> dict[str, Tensor]:
     """The weighted terms beside the adversarial one: equation 3's, the mean colours of x_gen and b, and early
     in training what lies off the mask's middle."""
-    m, warm = sample.mask.float(), min(1, step / config["warmup"])
+    m, warm = sample.mask, min(1, step / config["warmup"])
     losses = {"binary": config["binary"] * warm * binary_entropy(m),
               "mask": config["mask"] * mask_interval(m, *config["interval"]),
-              "color": config["color"] * color_loss(sample.image.float(), y, color)}
+              "color": config["color"] * color_loss(sample.image, y, color)}
     if config["margin"]:
-        losses["border"] = config["color"] * color_loss(sample.background.float(), y, border)
+        losses["border"] = config["color"] * color_loss(sample.background, y, border)
         losses["center"] = config["center"] * (1 - warm) * off_center(m)
     return losses
 
@@ -731,7 +731,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
             old.lerp_(new, 1 - decay)
 
 
-# ----------------------------------------------------------------------------------- training on ImageNet
+# ---------- training on ImageNet
 
 def draw_training(model: ImagenetCGN, seed: int, indices: range) -> tuple[Tensor, Tensor, Tensor]:
     """Noise u (N, Z), labels y (N,) and patch draws (N, 36) of training images, image i's by rng(seed, i)."""
@@ -786,8 +786,9 @@ def train_imagenet(config: dict, model: ImagenetCGN, teacher: biggan.BigGAN, sty
         return micro_step(model, teacher, style, *drawn, config, len(part) / share)
 
     sheet = partial(training_sheet, model, config, out, teacher)
-    with Run(out, config, {**mechanisms, "optimizer": optimizer}, free=("batch", "steps", "saves", *NETWORKS),
-             sheet=sheet, images=config["accumulate"]) as run:
+    free = ("batch", "steps", "log_every", "saves", *NETWORKS)
+    with Run(out, config, {**mechanisms, "optimizer": optimizer}, free=free, sheet=sheet,
+             images=config["accumulate"]) as run:
         batch = config["batch"] or images_at_once(learn, model, share, run)
         for step in run:
             for mechanism in mechanisms.values():
@@ -826,22 +827,23 @@ def images_at_once(learn: Callable, model: ImagenetCGN, share: int, run: Run) ->
     operations, rate = flops.get_total_flops() / 2, matrix_rate("cuda")
     run.note = lambda images: f", {100 * images * operations / rate:.1f} % of {rate / 1e12:.0f} TFLOP/s"
     adam = 4 * sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    room = 0.92 * torch.cuda.get_device_properties(0).total_memory - peaks[0] - adam
+    memory = torch.cuda.get_device_properties(next(model.parameters()).device).total_memory
+    room = 0.92 * memory - peaks[0] - adam
     fit = max(1, int(1 + room / max(1, peaks[1] - peaks[0])))
-    return max(count for count in range(1, fit + 1) if share % count == 0)
+    return max(count for count in range(1, min(fit, share) + 1) if share % count == 0)
 
 
 def matrix_rate(device: str, dtype: torch.dtype = torch.bfloat16, side: int = 8192) -> float:
     """Operations a second of a matrix product, the best of five."""
     a, seconds = torch.randn(side, side, device=device).to(dtype), []
     for _ in range(5):
-        started = time.time()
+        started = time.perf_counter()
         (a @ a)[0, 0].item()                                                # waits for it
-        seconds.append(time.time() - started)
+        seconds.append(time.perf_counter() - started)
     return 2 * side ** 3 / min(seconds)
 
 
-# ----------------------------------------------------------------------------------------------- sampling
+# ---------- sampling
 
 def load(source: str | os.PathLike, saliency: str | os.PathLike | None = None) -> CGN:
     """The generator of a checkpoint (of digits' the averaged one), or of the authors' cgn.pth, frozen, in
@@ -879,9 +881,9 @@ def load(source: str | os.PathLike, saliency: str | os.PathLike | None = None) -
 def save_generator(checkpoint: str | os.PathLike, out: Path) -> None:
     """What `load` needs of a run's checkpoint, in half precision: a small file to ship."""
     state = read_checkpoint(checkpoint)
-    parts = {name: state[name] for name in ("average", "f_shape", "f_text", "f_bg") if name in state}
-    halves = {name: {key: value.half() if value.is_floating_point() else value for key, value in part.items()}
-              for name, part in parts.items()}
+    halves = {name: {key: value.half() if value.is_floating_point() else value
+                     for key, value in state[name].items()}
+              for name in ("average", "f_shape", "f_text", "f_bg") if name in state}
     save_state(out, {"config": state["config"], "step": state["step"], **halves})
 
 
@@ -889,17 +891,20 @@ def file_hash(path: str | os.PathLike) -> str:
     return hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------- command line
+# ---------- command line
 
 NETWORKS = ("teacher", "saliency", "style", "inception")
 # What each kind of command understands; any other option is refused.
-EVERY = {"out", "seed", "device", "threads", "bf16", "batch"}
-TRAINING = EVERY | {"dataset", "steps", "set", "dry_run"}
-DIGITS = TRAINING | {"textures", "variance", "mnist", "model", "margin", "interval", "size"}
+EVERY = {"out", "seed", "device", "threads", "bf16"}
+TRAINING = EVERY | {"dataset", "steps", "batch", "set", "dry_run"}
+DIGITS = TRAINING | {"model", "margin", "interval"}
+VARIANTS = {"colored": {"mnist", "variance"}, "double-colored": {"mnist", "variance"},
+            "wildlife": {"mnist", "textures"}}
+FOLDER = {"size"}
 IMAGENET = TRAINING | {"mini", "short", "without", "truncation"}
-DRAWINGS = ("counterfactuals", "interpolate", "triples", "outputs", "photo")
-SAMPLING = EVERY | {"checkpoint", "per_shape", "parts", "classes", "truncation", *DRAWINGS, "texture",
-                    "background"}
+SAMPLING = EVERY | {"checkpoint", "truncation"}
+DRAWINGS = {"counterfactuals": {"per_shape", "parts", "batch"}, "interpolate": {"classes"}, "triples": set(),
+            "outputs": set(), "photo": {"texture", "background"}}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -962,8 +967,10 @@ def _main(args: argparse.Namespace) -> None:
         raise ValueError(f"--{drawings[0]} draws from a trained CGN: name its --checkpoint")
     dataset = args.dataset or "colored"
     imagenet = dataset == "imagenet"
-    refuse_options(args, IMAGENET if imagenet else DIGITS, f"--dataset {dataset}")
-    name = "mini" if args.mini else "imagenet-short" if args.short else Path(dataset).resolve().name
+    known = IMAGENET if imagenet else DIGITS | VARIANTS.get(dataset, FOLDER)
+    refuse_options(args, known, f"--dataset {dataset}")
+    name = Path(os.path.abspath(dataset)).name                              # of a link its own
+    name = "mini" if args.mini else "imagenet-short" if args.short else name
     out = Path(args.out or RUNS / (name + ("-gan" if args.model == "gan" else "")))
     with tempfile.TemporaryDirectory() as folder:
         (_imagenet if imagenet else _digits)(args, name if imagenet else dataset,
@@ -993,8 +1000,13 @@ def configure(args: argparse.Namespace, kind: str, **more) -> dict:
     low, high = config.get("interval", (0, 1))
     if not 0 <= low < high <= 1:
         raise ValueError(f"--interval {low} {high}: two numbers in 0..1 are needed, the lower one first")
-    if not (np.asarray(config["lr"]) > 0).all():
-        raise ValueError(f"--set lr={config['lr']}: must be more than 0")
+    rate, rates = PRESETS[kind]["lr"], config["lr"]
+    if np.shape(rates) != np.shape(rate) or not (np.asarray(rates) > 0).all():
+        raise ValueError(f"--set lr={rates}: must be more than 0, and as many as {rate}")
+    if config.get("shuffle", "shift") not in ("shift", "puzzle"):
+        raise ValueError(f"--set shuffle={config['shuffle']}: shift or puzzle")
+    if not config["saves"] or config["saves"][-1] < 1:
+        raise ValueError(f"--set saves={config['saves']}: the last must be at least 1")
     if set(config.get("without", ())) == set(WITHOUT):
         raise ValueError(f"--without {' '.join(config['without'])}: no loss is left")
     return {**config, "steps": 2} if args.dry_run else config
@@ -1003,10 +1015,7 @@ def configure(args: argparse.Namespace, kind: str, **more) -> dict:
 def load_images(dataset: str, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[str]]:
     """Training images (N, 3, R, R) uint8, labels (N,) long and class names of a variant or of a labelled
     folder."""
-    size = args.size or mnist_variants.SIZE
     if dataset in mnist_variants.NAMES:
-        if size != mnist_variants.SIZE:
-            raise ValueError(f"--size {size}: digits have {mnist_variants.SIZE}; other sizes are for folders")
         more = {"variance": args.variance, "root": args.mnist}
         data = mnist_variants.load(dataset, "train", seed=args.seed or 0, textures=args.textures,
                                    **{name: value for name, value in more.items() if value is not None})
@@ -1016,7 +1025,8 @@ def load_images(dataset: str, args: argparse.Namespace) -> tuple[Tensor, Tensor,
         near = difflib.get_close_matches(dataset, known, 1)
         raise ValueError(f"--dataset {dataset!r} is neither {', '.join(known)} nor a folder of subfolders, a "
                          "class each" + (f": did you mean {near[0]}?" if near else ""))
-    return mnist_variants.load_folder(dataset, size)
+    print(f"reading the pictures of {dataset}", flush=True)
+    return mnist_variants.load_folder(dataset, args.size or mnist_variants.SIZE)
 
 
 def announce(config: dict, what: str, device: str, out: Path) -> None:
@@ -1027,6 +1037,9 @@ def announce(config: dict, what: str, device: str, out: Path) -> None:
 
 def _digits(args: argparse.Namespace, dataset: str, out: Path) -> None:
     one_process(f"--dataset {dataset}")
+    place = out.resolve()
+    if dataset not in mnist_variants.NAMES and Path(dataset).resolve() in (place, *place.parents):
+        raise ValueError(f"--out {out} is in the folder that is read: choose another")
     device = find_device(args.device)
     images, labels, names = load_images(dataset, args)
     data = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -1065,7 +1078,8 @@ def _imagenet(args: argparse.Namespace, kind: str, out: Path) -> None:
     announce(config, f"{model.classes} classes, {model.resolution} x {model.resolution} pixels; "
              f"{config['steps']} updates of {config['accumulate']} images", device, out)
     if device == "cpu" and model.resolution > 64:
-        seconds = 1.06e12 * config["steps"] * config["accumulate"] / (0.4 * matrix_rate("cpu", side=2048))
+        rate = matrix_rate("cpu", torch.bfloat16 if config["bf16"] else torch.float, 2048)
+        seconds = 1.06e12 * config["steps"] * config["accumulate"] / (0.4 * rate)
         print(f"about {seconds / 86400:.0f} days on this CPU; --mini takes minutes", flush=True)
     teacher, style = biggan.load(teacher).to(device), StyleFeatures(style).to(device)
     train_imagenet(config, model, teacher, style, out, device)
@@ -1103,16 +1117,17 @@ def find_networks(names: Sequence[str]) -> list[Path]:
 
     in_turn(find)
     if missing:
-        remedy = "python miniature.py teacher saliency style makes them" if "mini" in str(missing) else (
-            "--mini runs now, with networks that are here")
+        remedy = "--mini runs now, with networks that are here"
+        if names[0] == PRESETS["mini"]["teacher"]:
+            remedy = "python miniature.py teacher saliency style makes them"
         raise ValueError(". ".join([*missing, remedy]))
     return found
 
 
-def random_networks(width: int = 16) -> tuple[dict, dict, dict]:
+def random_networks() -> tuple[dict, dict, dict]:
     """State dicts of a BigGAN of 32 x 32 pixels, a U-2-Net and VGG16's features, tiny and random, to try the
     training with."""
-    teacher = biggan.BigGAN([(width, width)] * 6, None, 10, 8, 8)
+    teacher = biggan.BigGAN([(16, 16)] * 6, None, 10, 8, 8)
     saliency = u2net.U2Net(((3, 4, 8),) + ((8, 4, 8),) * 5 + ((16, 4, 8),) * 5)
     style = nn.Module()
     layers = [layer for count in STYLE_CONVS for layer in [4] * count + ["M"]]
@@ -1121,19 +1136,21 @@ def random_networks(width: int = 16) -> tuple[dict, dict, dict]:
 
 
 def _sample(args: argparse.Namespace, drawings: list[str]) -> None:
-    refuse_options(args, SAMPLING, "--checkpoint")
     if len(drawings) > 1:
         raise ValueError(f"--{' and --'.join(drawings)}: one at a time")
+    what = drawings[0] if drawings else "sheet"
+    refuse_options(args, SAMPLING | {what} | DRAWINGS.get(what, set()),
+                   f"--{what}" if drawings else "--checkpoint alone")
     device = find_device(args.device)
     model = load(args.checkpoint).to(device)
     if args.truncation is not None:
         model.truncation = args.truncation
-    elif drawings[:1] not in (["counterfactuals"], ["interpolate"], ["photo"]):
+    elif what in ("sheet", "triples", "outputs"):
         model.truncation = SHEET_TRUNCATION
     args.bf16, args.seed = bf16_pays(args.bf16, device), args.seed or 0
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
         commands = {"counterfactuals": drawing.data_set, "photo": drawing.photo}
-        commands.get(*drawings or [None], drawing.sheet)(args, model, *drawings)
+        commands.get(what, drawing.sheet)(args, model, what)
 
 
 if __name__ == "__main__":

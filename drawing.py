@@ -32,7 +32,7 @@ MECHANISMS = ("shape", "texture", "background")
 SHEET_TRUNCATION = 0.5              # of ImageNet's sheets
 
 
-# ---------------------------------------------------------------------------------------- counterfactuals
+# ---------- counterfactuals
 
 def draw(model: nn.Module, seed: int, indices: range, per_shape: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Noise u (3, N, Z), labels y (3, N) and arrangements (N, 2, cells) of the counterfactuals `indices`.
@@ -127,7 +127,7 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.float().mul(127.5).add(127.5).round().clamp(0, 255).byte()
 
 
-# ------------------------------------------------------------------------------------------------- sheets
+# ---------- sheets
 
 COLUMNS = ("pre-mask", "m", "f", "b", "x_gen")
 
@@ -147,12 +147,13 @@ def save_sheet(model: nn.Module, path: str | Path, images: Tensor, rows: list[st
     return path
 
 
-def class_sheet(model: nn.Module, labels: Sequence[int], names: Sequence[str], path: Path, seed: int,
+def class_sheet(model: nn.Module, labels: Sequence[int] | None, names: Sequence[str], path: Path, seed: int,
                 plain: int = 3, mixed: int = 8, teacher: nn.Module | None = None) -> Path:
-    """A row for each of the labels: what each mechanism makes of `plain` draws of that class, a teacher's
-    images of them (Figures 5, 8-19, 25-29), and `mixed` counterfactuals with its shape. On ImageNet one u
-    serves all mechanisms of plain draws, as in training."""
+    """A row for each of the labels, None for up to ten classes: what each mechanism makes of `plain` draws of
+    it, a teacher's images of them (Figures 5, 8-19, 25-29), and `mixed` counterfactuals with its shape. On
+    ImageNet one u serves all mechanisms of plain draws, as in training."""
     count = max(plain, mixed)
+    labels = labels or torch.linspace(0, model.classes - 1, min(model.classes, 10)).long().tolist()
     u, y, arrangement = draw(model, seed, range(len(labels) * count))
     y[0] = torch.tensor(labels).repeat_interleave(count)
     few = torch.arange(len(y[0])).view(-1, count)[:, :plain].flatten()
@@ -177,12 +178,11 @@ def class_sheet(model: nn.Module, labels: Sequence[int], names: Sequence[str], p
 @torch.no_grad()
 def training_sheet(model: nn.Module, config: dict, out: Path, teacher: nn.Module | None, step: int) -> Path:
     """The sheet of a step, of up to ten classes; ImageNet's with the teacher's images."""
-    labels = torch.linspace(0, model.classes - 1, min(model.classes, 10)).long().tolist()
     more = {"plain": 1, "mixed": 2, "teacher": teacher} if teacher else {}
     path, truncation = out / f"sheet-{step:06d}.png", model.truncation
     model.config, model.truncation = config, SHEET_TRUNCATION
     try:
-        return class_sheet(model, labels, config["names"], path, config["seed"], **more)
+        return class_sheet(model, None, config["names"], path, config["seed"], **more)
     finally:
         model.truncation = truncation
 
@@ -217,7 +217,7 @@ def triples(model: nn.Module, labels: Sequence[Sequence[int]], seed: int = 0, co
     return torch.stack([render(model, u, row, arrangement)["x_gen"] for row in y])
 
 
-# ---------------------------------------------------------------------------- counterfactuals of a photo
+# ---------- counterfactuals of a photo
 
 @torch.no_grad()
 def recompose(model: nn.Module, photo: Image.Image, u: Tensor, texture: int | None = None,
@@ -250,7 +250,11 @@ def write_photos(model: nn.Module, folder: str | os.PathLike, out: Path, seed: i
     texture, background: a class, "any" (one drawn for each picture) or None (its own). Picture i is drawn by
     rng(seed, i). Raises ValueError for classes that the model does not know.
     """
-    names, held = class_names(model), mnist_variants.class_names(folder)
+    names, held = class_names(model), mnist_variants.class_folders(folder)
+    if (out / "labels.csv").exists():
+        raise ValueError(f"{out} holds a finished data set: choose another --out")
+    if len(held) > len(names):
+        raise ValueError(f"{folder} has {len(held)} subfolders: the CGN knows {len(names)} classes")
     known = range(len(names))               # of all classes the order is the same, as of WordNet's numbers
     if len(held) < len(names):
         known = [parse_classes(name, names, 1)[0] for name in held]
@@ -273,7 +277,7 @@ def write_photos(model: nn.Module, folder: str | os.PathLike, out: Path, seed: i
     return torch.stack(shown, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------- commands
+# ---------- commands
 
 # Shape, texture and background of Figure 24's pictures, row by row: school bus, giant panda, geyser, and so
 # on.
@@ -303,6 +307,13 @@ def parse_classes(text: str, names: list[str], count: int) -> list[int]:
     return chosen
 
 
+def check_png(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
+    """`check_output` of a picture, before the work. Raises ValueError where it does not end in .png."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"--out {path} does not end in .png")
+    return check_output(path, *inputs)
+
+
 def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
     """--counterfactuals: tensors in one file, or a folder of pictures; and a preview of the first."""
     pictures = model.resolution > mnist_variants.SIZE or args.parts
@@ -318,7 +329,10 @@ def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
         one_process("--counterfactuals into one file")
         if check_output(out, args.checkpoint).name == "checkpoint.pt":
             raise ValueError(f"--out {out}: a run's checkpoint has this name, and would be lost")
-        data = counterfactuals(model, count, args.seed, per_shape)
+        if args.parts:
+            raise ValueError(f"--parts are pictures, and --out {out} is a file of tensors: name a folder")
+        at_once = args.batch or (100 if model.resolution <= 64 else 10)
+        data = counterfactuals(model, count, args.seed, per_shape, at_once)
         save_state(out, {**data._asdict(), "names": class_names(model), "seed": args.seed,
                          "per_shape": per_shape, "weights": model.sha256})
     else:
@@ -344,7 +358,7 @@ def photo(args: argparse.Namespace, model: nn.Module, _: str) -> None:
         preview, columns = out.with_name(f"{out.name}-preview.png"), [str(k) for k in range(shown.shape[1])]
         save_sheet(model, preview, shown, ["photo", "counterfactual"], columns)
     else:
-        out = check_output(args.out or HERE / "photo.png", args.checkpoint, args.photo)
+        out = check_png(args.out or HERE / "photo.png", args.checkpoint, args.photo)
         u, y, _ = model.draw(rng(args.seed, 0))
         labels = [label.item() if text == "any" else text for label, text in zip(y[1:], asked)]
         picture = recompose(model, u2net.open_photo(args.photo), u, *labels)
@@ -355,10 +369,11 @@ def photo(args: argparse.Namespace, model: nn.Module, _: str) -> None:
 def sheet(args: argparse.Namespace, model: nn.Module, what: str = "sheet") -> None:
     """A sheet of all classes, of one (--outputs), of --interpolate or of --triples."""
     one_process(f"--{what}")
-    path, names = check_output(args.out or HERE / f"{what}.png", args.checkpoint), class_names(model)
+    if not model.independent and (what == "triples" or args.interpolate in MECHANISMS):
+        raise ValueError(f"{args.checkpoint} is a GAN's: it has no mechanisms for --{what}")
+    path, names = check_png(args.out or HERE / f"{what}.png", args.checkpoint), class_names(model)
     if what == "sheet":
-        labels = torch.linspace(0, model.classes - 1, min(model.classes, 10)).long().tolist()
-        class_sheet(model, labels, names, path, args.seed, plain=1)
+        class_sheet(model, None, names, path, args.seed, plain=1)
     elif what == "outputs":
         labels = parse_classes(args.outputs, names, 1) * 6
         class_sheet(model, labels, names, path, args.seed, plain=1, mixed=3)

@@ -21,6 +21,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -29,7 +30,7 @@ import zipfile
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Optional, Sequence, Union
+from typing import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ except ImportError:                 # Windows, where run folders are not locked
     fcntl = None
 
 
-# --------------------------------------------------------------------------------------------------- the run
+# ---------- the run
 
 class Stopped(KeyboardInterrupt):
     """The process was asked to stop; its step and its checkpoint are finished."""
@@ -54,13 +55,13 @@ class Run:
     which change no result. The run ends at config["steps"], logs every config["log_every"] steps, and saves
     at the steps config["saves"] and at multiples of the last of them; then sheet(step), if given, draws and
     says where. parts: what the checkpoint holds, by name, each with state_dict and load_state_dict. images:
-    of a step, for the progress line. SIGINT and SIGTERM end the step, save, and raise Stopped; once more, and
-    they stop at once. In a process group (torchrun) each process calls it with its own share of the data; the
+    of a step, for the progress line. SIGINT and SIGTERM end the step, save, and raise Stopped; SIGINT twice
+    stops at once. In a process group (torchrun) each process calls it with its own share of the data; the
     first one writes. Raises ValueError, OSError.
     """
 
     def __init__(self, folder: Path, config: dict, parts: dict, *, free: Sequence[str] = (),
-                 sheet: Optional[Callable[[int], object]] = None, images: int = 0):
+                 sheet: Callable[[int], object] | None = None, images: int = 0):
         self.folder, self.config, self.parts, self.free = Path(folder), config, parts, free
         self.sheet, self.images, self.row, self.asked, self.stop = sheet, images, {}, False, False
         self.note = lambda images_per_second: ""            # more for the progress line
@@ -69,7 +70,12 @@ class Run:
     def __enter__(self) -> "Run":
         if self.rank == 0:
             self._lock()
-        self.first = self._continue()
+        try:
+            self.first = self._continue()
+        except BaseException:               # a notebook keeps it, and with it would keep the lock
+            if self.rank == 0:
+                self.lock.close()
+            raise
         self.started = self.printed = time.time()
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
@@ -84,12 +90,12 @@ class Run:
         if self.rank == 0:
             self.lock.close()
 
-    def _ask(self, *_) -> None:
-        if self.asked:
+    def _ask(self, number: int, _) -> None:
+        if self.asked and number == signal.SIGINT:      # SIGTERM comes twice: from SLURM and from torchrun
             raise KeyboardInterrupt
         self.asked = True
         if self.rank == 0:
-            print("\nstopping after this step, with its checkpoint; once more stops at once", flush=True)
+            print("\nstopping after this step, with its checkpoint; Ctrl-C again stops at once", flush=True)
 
     def _lock(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -99,9 +105,11 @@ class Run:
         try:
             if fcntl:                                               # the system unlocks when the process ends
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self.lock.close()
             raise ValueError(f"{self.folder} is in use by another process: choose another --out") from None
+        except OSError as error:                                    # as of Lustre
+            print(f"{self.folder} cannot be locked ({error.strerror}): start no second run in it")
 
     def _continue(self) -> int:
         """Load the checkpoint, if there is one, and return its step."""
@@ -119,9 +127,10 @@ class Run:
         path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
         rows, state = read_lines(log), read_checkpoint(path, mmap=False) if path.exists() else None
         asked = json.loads(json.dumps(self.config))
-        for held in (*rows[:1], *([json.loads(json.dumps(state["config"]))] if state else ())):
-            changed = [key for key in {**asked, **held} if held.get(key) != asked.get(key)]
-            changed = [key for key in changed if key not in self.free]
+        begun = rows[:1] if rows[1:] else ()                # what did no step binds no other options
+        for held in (*begun, *([json.loads(json.dumps(state["config"]))] if state else ())):
+            changed = [key for key in {**asked, **held}
+                       if key not in self.free and held.get(key) != asked.get(key)]
             if changed:
                 raise ValueError(f"{self.folder} holds a run with another {', '.join(changed)}: choose "
                                  "another --out, or the same options to continue it")
@@ -208,6 +217,9 @@ class Run:
             text += f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
         text += f"  {left / 3600:.1f} h left" if left > 5400 else f"  {left / 60:.1f} min left"
         text += "".join(f"  {name} {value:.3g}" for name, value in self.row.items())
+        if _return():       # one row, since what wraps cannot be written over
+            width = shutil.get_terminal_size().columns - 1
+            text = text[:width].ljust(width)
         print(_return() + text, end="" if _return() else "\n", flush=True)
 
 
@@ -239,9 +251,9 @@ def _return() -> str:
     return "\r" if sys.stdout.isatty() else ""
 
 
-# ----------------------------------------------------------------------------------------- files of a run
+# ---------- files of a run
 
-def read_checkpoint(path: Union[str, os.PathLike], mmap: bool = True, other: bool = False) -> dict:
+def read_checkpoint(path: str | os.PathLike, mmap: bool = True, other: bool = False) -> dict:
     """The dict in a checkpoint of `Run`, or of any file of torch.save with `other`. Nothing in it can run
     code.
 
@@ -298,7 +310,7 @@ def save_state(path: Path, state: dict) -> None:
     write_file(path, partial(torch.save, state))
 
 
-def write_file(path: Union[str, os.PathLike], content: Union[bytes, Callable]) -> None:
+def write_file(path: str | os.PathLike, content: bytes | Callable) -> None:
     """Write bytes, or what content(file) writes, under a temporary name, then rename: `path` holds the old
     content or the new, never half of it. Raises OSError."""
     path = Path(path)
@@ -318,7 +330,7 @@ def write_file(path: Union[str, os.PathLike], content: Union[bytes, Callable]) -
         part.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------- devices and processes
+# ---------- devices and processes
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number in its group and the group's size; 0, 1 without one."""
@@ -336,7 +348,7 @@ def in_turn(work: Callable):
     return done
 
 
-def join_group(device: Optional[str]) -> str:
+def join_group(device: str | None) -> str:
     """Join the other processes where torchrun has started this one; returns the device to use, see
     `find_device`."""
     device = find_device(device)
@@ -352,7 +364,7 @@ def one_process(what: str) -> None:
         raise ValueError(f"{what} runs in one process: start it without torchrun")
 
 
-def find_device(name: Optional[str] = None) -> str:
+def find_device(name: str | None = None) -> str:
     """The device of that name; auto or None: cuda where there is one, else mps, else cpu. Of torchrun's
     processes each has a GPU of its own. Raises ValueError where it is not here."""
     if name in (None, "auto"):
@@ -361,7 +373,8 @@ def find_device(name: Optional[str] = None) -> str:
     try:
         if name == "cuda" and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(name)         # whose memory and rate are measured
         torch.zeros(1, device=name).item()
     except Exception:                       # each kind of device has errors of its own
         raise ValueError(f"--device {name}: torch finds no such device here: choose cpu") from None
@@ -389,7 +402,7 @@ def spare_busy_cores() -> None:
         return count
 
     counts = {all_threads, all_threads - 1, all_threads - 2, all_threads // 2} - {-1, 0}
-    rates = {threads: 0 for threads in sorted(counts, reverse=True)}
+    rates = dict.fromkeys(sorted(counts, reverse=True), 0)
     for _ in range(3):
         for threads in rates:
             rates[threads] += done(threads)
@@ -414,14 +427,14 @@ def bf16_pays(wanted: bool, device: str) -> bool:
     return pays
 
 
-# ------------------------------------------------------------------- processes that read ahead
+# ---------- processes that read ahead
 
 class Items(partial):
     """A data set: item i is the function's value at i, which workers make ahead. Ctrl-C and SIGTERM may reach
     these as well: they leave them to their parent."""
     __getitem__ = partial.__call__
 
-    def ahead(self, indices: range, workers: int, batch_size: Optional[int] = None):
+    def ahead(self, indices: range, workers: int, batch_size: int | None = None):
         return iter(torch.utils.data.DataLoader(self, batch_size, sampler=indices, num_workers=workers,
                                                 worker_init_fn=ignore_signals))
 
@@ -452,14 +465,15 @@ def worker_errors():
             raise ValueError(last.removeprefix("ValueError: ")) from None
         if not re.search("DataLoader worker|shared memory|/torch_", str(error)):
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # another one that ends now is no more news
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # another one that ends now is no more news
         raise ValueError(f"{last if first.startswith('Caught') else first} Memory, or shared memory (docker: "
                          "--shm-size), may be too small: try fewer --workers, 0 for none") from None
 
 
-# ----------------------------------------------------------------------------------------------- scripts
+# ---------- scripts
 
-def command(parser: argparse.ArgumentParser, main: Callable, argv: Optional[list[str]] = None) -> None:
+def command(parser: argparse.ArgumentParser, main: Callable, argv: list[str] | None = None) -> None:
     """Run main(args). What a user can mend is one line on stderr and exit code 2; Ctrl-C is one line and
     130."""
     for stream in (sys.stdout, sys.stderr):
@@ -503,7 +517,7 @@ def refuse_options(args: argparse.Namespace, meaningful: Iterable[str], what: st
             raise ValueError(f"--{name.replace('_', '-')} means nothing for {what}: leave it off")
 
 
-def override(config: dict, values: Optional[Sequence[str]]) -> None:
+def override(config: dict, values: Sequence[str] | None) -> None:
     """Set config[name] for each "name=value", with the type that it has. Raises ValueError for what does not
     fit."""
     for text in values or ():
@@ -521,7 +535,7 @@ def override(config: dict, values: Optional[Sequence[str]]) -> None:
             raise ValueError(f"--set {text}: a value like {old!r} is needed") from None
 
 
-def check_output(path: Union[str, os.PathLike], *inputs: Union[str, os.PathLike]) -> Path:
+def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
     """The path of a file to be written, before the work: its folder is made. Raises ValueError for an input's
     path and for a folder or a device, OSError where the folder cannot be made."""
     path = Path(path)

@@ -750,14 +750,11 @@ def random_u2net(stages):
 @needs_oracles
 @pytest.mark.parametrize("name", ["0002-01", "boat", "horse", "im_21", "long", "sailboat3"])
 def test_the_lite_network_equals_another_runtime(name):
-    """A tenth as bright, too. In [-1, 1], as the CGN's authors feed it, a photo has another mask."""
+    """A tenth as bright, too."""
     photo = u2net.open_photo(ORACLES / "u2netp" / f"{name}.png")
     expected = F_image.to_tensor(Image.open(ORACLES / "u2netp" / f"{name}.mask.png"))
     model = u2net.load(HERE / "weights" / "u2netp.pth")
-    with torch.no_grad():
-        x = F_image.to_tensor(photo)[None]
-        found, raw = model(u2net.normalise(x))[0], model(2 * x - 1)[0]
-    assert 0.775 < evaluate.mask_iou(found[None], raw[None]) < 0.985
+    found = model(u2net.normalise(F_image.to_tensor(photo)[None]))[0]
     assert (found - expected).abs().max() <= 1 / 255 + 1e-3
     dark = F_image.to_tensor(u2net.saliency(model, photo.point(lambda value: round(value / 10))))
     assert evaluate.mask_iou(dark[None], expected[None]) >= 0.98
@@ -889,9 +886,9 @@ def test_what_is_not_finite_is_named_and_not_saved(tmp_path):
 
 def test_a_folder_is_locked_and_keeps_the_run_of_another_configuration(tmp_path):
     folder = tmp_path / "new"
-    with run.Run(tmp_path, {}, {}), pytest.raises(ValueError, match="in use by another process"):
-        toy_run(tmp_path)
-    toy_run(folder, steps=2)
+    with run.Run(folder, {}, {}), pytest.raises(ValueError, match="in use by another process"):
+        toy_run(folder)
+    toy_run(folder, steps=2)        # what did no step binds nothing
     for _ in range(2):                                      # by its log, or without one by its checkpoint
         before = run_result(folder)
         with pytest.raises(ValueError, match="another seed, other: choose another --out"):
@@ -1046,7 +1043,7 @@ def test_a_busy_core_is_spared_unless_threads_are_given(monkeypatch, capsys):
 
 def test_each_of_torchruns_processes_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", {"cuda:1"}.remove)            # once, that one
+    monkeypatch.setattr(torch.cuda, "set_device", {"cuda:1", "cuda:3"}.remove)
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert (run.find_device(), run.find_device("cuda:3")) == ("cuda:1", "cuda:3")
@@ -1373,7 +1370,7 @@ def test_a_folder_of_pictures_trains_like_a_variant_and_may_be_named_otherwise(t
     assert "border" not in logged(Path("run"))[0]
     shutil.copy("pictures/bar/0.png", "pictures/bar/2.png")
     cgn_refuses([*options, "pictures"], "another data")
-    cgn_refuses(["--size", 64], "--size 64: digits have 32")
+    cgn_refuses([*options, "pictures", "--out", "pictures/run"], "in the folder")
 
 
 # ---------- cgn: training on ImageNet
@@ -1487,12 +1484,6 @@ def test_an_imagenet_run_continues_bit_for_bit_without_frozen_networks_in_its_ch
     whole, parts = (run_result(tmp_path / name) for name in ("whole", "parts"))
     assert parts == whole and whole[0].keys() == {
         "config", "step", "threads", "f_shape", "f_text", "f_bg", "optimizer"}
-
-
-def test_the_rate_of_matrix_products_is_the_fastest_ones(monkeypatch):
-    clock = iter([0, 3, 3, 5, 5, 9, 9, 12, 12, 15])
-    monkeypatch.setattr(cgn, "time", types.SimpleNamespace(time=lambda: next(clock)))
-    assert cgn.matrix_rate("cpu", torch.float32, 4) == 2 * 4 ** 3 / 2
 
 
 def test_as_many_images_at_once_as_fit_a_gpus_memory(networks, monkeypatch):
@@ -1782,7 +1773,13 @@ MISTAKES = """\
 --checkpoint HAND --counterfactuals 5 --per-shape 0 | at least 1
 --checkpoint HAND --counterfactuals 5 --out {}/checkpoint.pt | would be lost
 --checkpoint HAND --photo p.png --texture 1 | no U-2-Net
+--checkpoint HAND --counterfactuals 5 --out {}/a.pt --parts mask | are pictures
+--checkpoint HAND --outputs 1 --out {}/a.jpg | .png
+--checkpoint HAND --outputs 1 --per-shape 2 | --outputs
 --counterfactuals 3 | --checkpoint
+--size 64 | means nothing
+--set shuffle=none | puzzle
+--set saves=(0,) | at least 1
 --dataset colord | did you mean colored
 --steps 0 | at least 1
 --set lr=-1.0 | more than 0
@@ -1796,6 +1793,8 @@ def test_mistakes_are_one_line(hand, tmp_path, monkeypatch, few_images):
     for mistake in MISTAKES.splitlines():
         options, word = mistake.format(tmp_path).split(" | ")
         cgn_refuses(("--out", tmp_path / "x.png", *shlex.split(options)), word)
+    hand.independent = False
+    cgn_refuses("--checkpoint HAND --interpolate shape".split(), "GAN")
     monkeypatch.setenv("WORLD_SIZE", "2")
     cgn_refuses(("--dataset", "colored"), "one process")
 
@@ -1828,6 +1827,7 @@ def test_a_folder_of_photos_becomes_one_that_the_ensemble_trains_on(imagenet_che
     cgn_works(*command, tmp_path / "in" / "d" / "0.png", "--out", out / "one.png")
     assert torch.equal(picture(out / "one.png"), picture(files[0][0]))
     cgn_refuses((*command, tmp_path / "in", "--out", tmp_path / "in"), "is what is read")
+    cgn_refuses((*command, tmp_path / "in", "--out", out), "finished")
 
 
 # ---------- classify
@@ -2434,7 +2434,6 @@ def no_sheets(monkeypatch):
 
 @beside
 def test_runs_killed_at_twenty_random_moments_end_as_if_they_had_not_been(networks, tmp_path, no_sheets):
-    """All processes are killed; the run is continued."""
     def imagenet(out):
         run.join_group("cpu")
         imagenet_run(networks, out)
@@ -2571,9 +2570,10 @@ def test_documented_trainings_run_dry_anywhere_and_keep_nothing(arguments, tmp_p
                                                                 no_sheets):
     monkeypatch.chdir(tmp_path)
     silhouettes("path/to/folder")
+    Path("imagenet").symlink_to("path")
     arguments = arguments.replace("--textures path/to/dtd", "")
     assert "dry run finished" in cgn_works(*arguments.split(), "--dry-run")
-    assert os.listdir() == ["path"]
+    assert {*os.listdir()} == {"path", "imagenet"}
 
 
 def test_a_dry_run_works_in_three_processes():
