@@ -685,15 +685,22 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
 
 
 def adversaries(config: dict, device: str) -> dict:
-    """Generator, its average, discriminator, their optimizers, and rates that fall to 0 at the end."""
+    """The `learners` of a digits run."""
     torch.manual_seed(config["seed"])
     model, discriminator, average = (network.to(device, memory_format=torch.channels_last) for network in (
         build(config), Discriminator(len(config["names"]), size=config["size"]), build(config).eval()))
     average.load_state_dict(model.state_dict())
-    optimizers = [torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.99))
-                  for network, lr in ((model, config["lr"]), (discriminator, 2 * config["lr"]))]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, 2 * (1 - step / config["steps"])))
-                 for o in optimizers]
+    return learners(model, average, discriminator, config["lr"], config["steps"])
+
+
+def learners(model: nn.Module, average: nn.Module, discriminator: nn.Module, lr: float, steps: int, **how
+             ) -> dict[str, object]:
+    """What an adversarial `Run` holds: the three, Adam for model and discriminator, whose rate is twice the
+    model's, and how both fall to 0 in the second half."""
+    optimizers = [torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.99), **how)
+                  for network, rate in ((model, lr), (discriminator, 2 * lr))]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
+                 for optimizer in optimizers]
     return {"model": model, "average": average, "discriminator": discriminator, "optimizer0": optimizers[0],
             "optimizer1": optimizers[1], "schedule0": schedules[0], "schedule1": schedules[1]}
 

@@ -14,14 +14,12 @@ and together from real images (4.3, C.4). Its predictions are a table, which eva
     python classify.py --checkpoint runs/ensemble/checkpoint.pt --say photo.jpg         # Figure 1's sentence
 """
 import argparse
-import contextlib
 import copy
 import hashlib
 import itertools
 import json
 import math
 import os
-import platform
 import re
 import tempfile
 import time
@@ -29,7 +27,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -45,12 +42,10 @@ import evaluate
 import mnist_variants
 import u2net
 from run import (Items, Run, append_row, bf16_pays, check_output, command, find_device, join_group,
-                 one_process, override, rank_and_world, read_checkpoint, read_lines, refuse_options, rng,
-                 save_state, watched, worker_errors)
+                 one_line, one_process, override, rank_and_world, read_checkpoint, read_lines, refuse_options,
+                 rng, save_state, watched, worker_errors)
 
-RUNS = Path(__file__).parent / "runs"
 LABELS = ("shape", "foreground", "background")
-CAUSE = (0.9, 0.95, 1.0)            # agreements of Table 5's environments (H)
 BATCH, BETA = 64, 4.0               # images of a step on MNIST (authors' code); of the beta-VAE
 
 # Every number of every command. Options override some of them, --set NAME=VALUE overrides any.
@@ -58,9 +53,9 @@ TABLES = {
     "steps": 12_000,                # of a classifier; a method may take several times as many
     "count": 100_000, "per_shape": 10,          # generated images, of which so many share a shape
     "seeds": [0, 1, 2], "label": "shape",       # of data, generator and classifier; what the last reads
-    "variance": mnist_variants.COLOR_VARIANCE, "mnist": str(mnist_variants.ROOT),
+    "variance": mnist_variants.COLOR_VARIANCE,
     "generator_steps": 0}           # of a missing CGN or GAN; 0: as in cgn.PRESETS
-VARIETY = {"count": 2000, "seeds": [], "reader": "reader.pth", "mnist": str(mnist_variants.ROOT)}
+VARIETY = {"count": 2000, "seeds": [], "reader": "reader.pth"}
 MECHANISMS = {**TABLES, "count": 5000, "seeds": [], "splits": 10, "inception": ""}
 ENSEMBLE = {                        # the paper's (C.4)
     "network": "resnet50", "weights": "resnet50-0676ba61.pth",      # torchvision's, or weights=random
@@ -136,52 +131,48 @@ def fit(model: nn.Module, batches: Callable, objective: Callable, steps: int, op
 
     batches(step)               gives what the objective reads, on the device
     objective(model, batch, progress 0 .. 1)            the loss, a scalar, in bfloat16 where `bf16`
-    optimizers(model, steps)    pairs of an optimizer and its schedule, or None; of all parameters
+    optimizers(model, steps)    an optimizer of all parameters, and its schedule or None
     report                      begins lines of progress; none where it is empty
     """
     model.to(device).train()
-    pairs = optimizers(model, steps)
+    optimizer, schedule = optimizers(model, steps)
     for step in watched(range(steps), report):
         batch = batches(step)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             loss = objective(model, batch, step / steps)
         model.zero_grad()
         loss.backward()
-        for optimizer, schedule in pairs:
-            optimizer.step()
-            if schedule:
-                schedule.step()
+        optimizer.step()
+        if schedule:
+            schedule.step()
     return model.eval()
 
 
 def adadelta(model, steps, *, lr, decay, epochs):
     """Adadelta, its rate multiplied by `decay` after each of `epochs` equal parts (authors' code)."""
     optimizer = torch.optim.Adadelta(model.parameters(), lr=lr)
-    return [(optimizer, StepLR(optimizer, max(1, steps // epochs), decay))]
+    return optimizer, StepLR(optimizer, max(1, steps // epochs), decay)
 
 
 def adam(model, steps, *, lr):
     """Adam, its rate falling to 0."""
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
-    return [(optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps))]
+    return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
 
 
 def sgd(model, steps, *, lr):
     """SGD, its rate falling to 0 (Kim et al., 2019, but for the fall)."""
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
-    return [(optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps))]
+    return optimizer, LambdaLR(optimizer, lambda step: 1 - step / steps)
 
 
-def mixed(sources: Sequence[Source], seed: int, device: str) -> Callable[[int], Batch]:
-    """Batches for `fit`: of each source its own number of images, those of step i by rng(seed, i)."""
-    def batches(step):
-        generator, batch = rng(seed, step), []
-        for images, labels, count in sources:
-            rows = torch.from_numpy(generator.integers(len(images), size=count))
-            batch.append((drawing.to_float(images[rows].to(device)), labels[rows].to(device)))
-        return batch
-
-    return batches
+def mixed(sources: Sequence[Source], seed: int, device: str, step: int) -> Batch:
+    """A step's batch for `fit`: of each source its own number of images, by rng(seed, step)."""
+    generator, batch = rng(seed, step), []
+    for images, labels, count in sources:
+        rows = torch.from_numpy(generator.integers(len(images), size=count))
+        batch.append((drawing.to_float(images[rows].to(device)), labels[rows].to(device)))
+    return batch
 
 
 # ---------- objectives, and the methods of Table 2
@@ -275,12 +266,13 @@ METHODS = {
     "normalised": Method({"real": BATCH}, network=normalised)}
 
 
-def train(method: Method, sources: Sequence[Source], steps: int, seed: int = 0, *, device: str = "cpu", **how
+def train(method: Method, sources: Sequence[Source], steps: int, seed: int, *, device: str, **how
           ) -> nn.Module:
     """A method's network, trained on its sources: a pure function of its arguments. how: see `fit`."""
     torch.manual_seed(seed)
-    model, batches = method.network().to(memory_format=torch.channels_last), mixed(sources, seed, device)
-    return fit(model, batches, method.objective, steps, method.optimizers, device=device, **how)
+    model = method.network().to(memory_format=torch.channels_last)
+    return fit(model, partial(mixed, sources, seed, device), method.objective, steps, method.optimizers,
+               device=device, **how)
 
 
 @torch.no_grad()
@@ -316,13 +308,10 @@ def generated(args, dataset, kind, seed):
     checkpoint = args.cgn
     if kind == "gan" or not checkpoint:
         checkpoint = args.runs / f"{dataset}-{kind}-{seed}" / "checkpoint.pt"
-        options = {"dataset": dataset, "model": kind, "out": checkpoint.parent, "mnist": args.mnist,
-                   "device": args.device, "steps": args.generator_steps}
-        if dataset == "wildlife":
-            options["textures"] = args.textures
-        elif args.variance != mnist_variants.COLOR_VARIANCE:
-            options["variance"] = args.variance
-        cgn.main([f"--seed={seed}", *(f"--{option}={value}" for option, value in options.items() if value),
+        options = {"dataset": dataset, "model": kind, "seed": seed, "out": checkpoint.parent,
+                   "steps": args.generator_steps or None, "mnist": args.mnist, "device": args.device}
+        options |= {"textures": args.textures} if dataset == "wildlife" else {"variance": args.variance}
+        cgn.main([*(f"--{name}={value}" for name, value in options.items() if value is not None),
                   *["--bf16"] * args.bf16])
     print(f"drawing {args.count} images from {checkpoint}", flush=True)
     return drawing.counterfactuals(cgn.load(checkpoint).to(args.device), args.count, seed, args.per_shape)
@@ -336,15 +325,6 @@ def read_counterfactuals(path: str) -> mnist_variants.Variant:
         assert images.shape == (labels.shape[1], 3, 32, 32) and images.dtype == torch.uint8
         assert labels.dtype == torch.long and 0 <= labels.min() <= labels.max() < 10
     return mnist_variants.Variant(images, *labels)
-
-
-@contextlib.contextmanager
-def one_line(what: str):
-    """Whatever a file or a network of others raises, as a ValueError of one line that begins with `what`."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{what}: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
 
 
 def row_key(args, dataset, name, seed, label):
@@ -362,7 +342,7 @@ def row_key(args, dataset, name, seed, label):
     return json.loads(json.dumps(key))
 
 
-def cell(args, dataset, name, seed, label, splits=("train", "val", "test")):
+def cell(args, dataset, name, seed, label, splits):
     """One cell of Table 2: train a classifier to read `label`, keep it, and measure its accuracies. Returns a
     row of results.jsonl; one with the same key is not computed again. In an environment such as test@0.9,
     whose labels agree in 90 %, the shape's is to be found, whatever was learned."""
@@ -385,36 +365,34 @@ def cell(args, dataset, name, seed, label, splits=("train", "val", "test")):
             row[split] = evaluate.accuracy(predict(model, data.images), wanted)
         save_state(path, model.state_dict())
         append_row(results, {**row, "seconds": round(time.time() - start), "device": args.device,
-                             "torch": torch.__version__, "threads": torch.get_num_threads(),
-                             "processor": platform.processor()})                    # noted, not compared
+                             "torch": torch.__version__, "threads": torch.get_num_threads()})
     print(f"{path}: {', '.join(f'{split} {100 * row[split]:.1f} %' for split in splits)}", flush=True)
     return row
 
 
-def mean_std(rows, split):
-    """Accuracy in percent over seeds; of one seed there is no deviation."""
-    mean, std = evaluate.mean_std([row[split] for row in rows])
-    return f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if len(rows) > 1 else "")
+def cells(args, dataset, name, label, *splits):
+    """`cell` over --seeds: for each split the mean accuracy in percent and its sample standard deviation."""
+    rows = [cell(args, dataset, name, seed, label, splits) for seed in args.seeds]
+    found = [evaluate.mean_std([row[split] for row in rows]) for split in splits]
+    return [f"{100 * mean:.1f}" + (f" ± {100 * std:.1f}" if len(rows) > 1 else "") for mean, std in found]
 
 
 def table2(args):
-    """Print Table 2: train and test accuracy in percent, mean and sample standard deviation over seeds."""
+    """Print Table 2: accuracies on the train and the test split."""
     table = {}
     for dataset, method in itertools.product(args.dataset, args.method):
-        rows = [cell(args, dataset, method, seed, args.label) for seed in args.seeds]
-        for split in ("train", "test"):
-            table.setdefault(method, {})[f"{dataset}: {split}"] = mean_std(rows, split)
+        learned, _, found = cells(args, dataset, method, args.label, "train", "val", "test")
+        table.setdefault(method, {}).update({f"{dataset}: train": learned, f"{dataset}: test": found})
     evaluate.print_table(f"{args.label} label", table)
 
 
 def table5(args):
     """Print Table 5 (H): of three classifiers, each trained on counterfactuals for another label, the one
     that finds the class as well in all environments reads the cause."""
-    splits, table = [f"test@{agreement}" for agreement in CAUSE], {}
+    splits, table = ("test@0.9", "test@0.95", "test@1.0"), {}
     for dataset, label in itertools.product(args.dataset, LABELS):
-        rows = [cell(args, dataset, "cgn", seed, label, splits) for seed in args.seeds]
-        for split in splits:
-            table.setdefault(f"{dataset}, {split}", {})[f"{label} classifier"] = mean_std(rows, split)
+        for split, found in zip(splits, cells(args, dataset, "cgn", label, *splits)):
+            table.setdefault(f"{dataset}, {split}", {})[f"{label} classifier"] = found
     evaluate.print_table("environment", table)
 
 
@@ -458,13 +436,13 @@ def figure6(args):
         def batches(step):
             generator = rng(seed, step)
             chosen = torch.from_numpy(generator.integers(len(data.images), size=BATCH))
-            noise = torch.from_numpy(generator.standard_normal((BATCH, 2), dtype=np.float32))
+            noise = cgn.normal(generator, BATCH, 2)
             return drawing.to_float(data.images[chosen]).to(device), noise.to(device)
 
         torch.manual_seed(seed)
         model = fit(VAE().to(memory_format=torch.channels_last), batches,
                     lambda model, batch, _: vae_loss(batch[0], *model(*batch), BETA), args.steps,
-                    lambda model, _: [(torch.optim.Adam(model.parameters(), 1e-3), None)],
+                    lambda model, _: (torch.optim.Adam(model.parameters(), 1e-3), None),
                     device=device, report="beta-VAE")
         with torch.no_grad():
             made = drawing.to_uint8(model.decoder(torch.cartesian_prod(axis, axis).to(device))).cpu()
@@ -480,8 +458,8 @@ def figure7(args):
     for dataset in args.dataset:
         table, asked = {}, copy.copy(args)
         for asked.count, asked.per_shape in itertools.product((args.count // 10, args.count), (1, 10)):
-            rows = [cell(asked, dataset, "original+cgn", seed, args.label, ("test",)) for seed in args.seeds]
-            table.setdefault(asked.count, {})[f"{asked.per_shape} per shape"] = mean_std(rows, "test")
+            found, = cells(asked, dataset, "original+cgn", args.label, "test")
+            table.setdefault(asked.count, {})[f"{asked.per_shape} per shape"] = found
         evaluate.print_table(f"{dataset}: counterfactuals drawn", table)
 
 
@@ -515,7 +493,7 @@ class Ensemble(nn.Module):
         return self
 
 
-def ensemble_loss(real: Tensor, y: Tensor, made: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+def ensemble_loss(real: Tensor, y: Tensor, made: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """The authors' sum of mean cross-entropies: of real images' averaged scores (N, heads, C) with y (N,),
     and of each head's scores of counterfactuals (M, heads, C) with its own label (M, heads). A scalar."""
     loss = F.cross_entropy(real.mean(dim=1), y, label_smoothing=smoothing)
@@ -670,8 +648,7 @@ def judge_main(args):
             row[name] = text
     if out:
         evaluate.write_table(out, rows)
-    kind = "cue_conflict" if args.cue_conflict else "imagenet" if args.imagenet else "imagenet9"
-    evaluate.print_table(kind, getattr(evaluate, f"judge_{kind}")(rows))
+    evaluate.print_table(args.make, getattr(evaluate, f"judge_{args.make}")(rows))
 
 
 def rows_to_judge(args, names):
@@ -682,9 +659,8 @@ def rows_to_judge(args, names):
         files, held = mnist_variants.labelled_files(args.imagenet), mnist_variants.class_names(args.imagenet)
         if len(files[0][1]) == 3:
             check_labels(args.imagenet, names, files)
-            return [{"file": file, **{f"{part} label": label
-                                      for part, label in zip(drawing.MECHANISMS, labels)}}
-                    for file, labels in files]
+            columns = "file", "shape label", "texture label", "background label"
+            return [dict(zip(columns, (file, *labels))) for file, labels in files]
         for name in {*held} - {*names}:
             raise ValueError(f"{args.imagenet}: {name!r} is no class that {args.checkpoint} knows")
         return [{"file": file, "label": names.index(held[label])} for file, (label,) in files]
@@ -721,9 +697,9 @@ def say_main(args):
     model = load_ensemble(args.checkpoint).to(args.device)
     if len(model.heads) != 3:
         raise ValueError(f"{args.checkpoint} has one head: the sentence needs three")
-    scores = score(lambda x: model(u2net.normalise(x)), [args.say], model.config["side"], True,
-                   device=args.device)
-    names, found = model.config["names"], scores[0].softmax(dim=1).max(dim=1)
+    names, side = model.config["names"], model.config["side"]
+    scores = score(lambda x: model(u2net.normalise(x)), [args.say], side, True, device=args.device)
+    found = scores[0].softmax(dim=1).max(dim=1)
     if len(names) == 1000:                  # folders have WordNet numbers, in torchvision's order
         names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     nouns = [names[index] for index in found.indices.tolist()]
@@ -754,7 +730,7 @@ def table1_row(model: nn.Module, network: nn.Module, count: int, seed: int, spli
     binary entropy, over `count` images with one u and one label for all mechanisms."""
     device, probabilities, masks = next(model.parameters()).device, [], []
     for start in watched(range(0, count, 10), "images"):
-        u, y, _ = cgn.draw_training(model, seed, range(start, min(start + 10, count)))
+        u, y, _ = cgn.draw_training(model, seed, range(count)[start:start + 10])
         sample = model(u.to(device), y.to(device))
         probabilities.append(network(sample.image).softmax(dim=1).cpu())
         masks += [(m.mean().item(), cgn.binary_entropy(m).item()) for m in sample.mask]
@@ -793,8 +769,7 @@ def mechanisms_main(args):
         network = read_classifier(cgn.find_network(file)).to(args.device)
         evaluate.print_table("Table 1", {args.cgn: table1_row(model, network, args.count, seed, args.splits)})
     if digits:
-        args.textures = args.textures or config.get("textures")
-        args.variance = args.variance if config.get("variance") is None else config["variance"]
+        take_over(args, config)
         measure_digits(args, model, "wildlife" if imagenet else config["dataset"], trained, seed)
 
 
@@ -839,16 +814,16 @@ def mask_table(masks: Tensor, labels: Tensor, reader: nn.Module, names: Sequence
 def variety_main(args):
     """Judge the masks of --cgn and of its data set's real digits; say how mottled its foregrounds are."""
     model = cgn.load(args.cgn).to(args.device)
-    if not model.independent or model.resolution != mnist_variants.SIZE:
+    dataset = "wildlife" if model.config["model"] == "imagenet" else model.config["dataset"]
+    if (not model.independent or model.resolution != mnist_variants.SIZE
+            or dataset not in mnist_variants.NAMES):
         raise ValueError(f"{args.cgn} draws no digits by mechanisms, which are needed here")
     reader, names = read_classifier(cgn.find_network(args.reader)), drawing.class_names(model)
     seed = args.seeds[0] if args.seeds else model.config.get("seed", 0) + 1
-    u, y, arrangement = drawing.draw(model, seed, range(args.count))
-    sample = model.make(u, y, arrangement, 500)
-    evaluate.print_table(f"masks of {args.cgn}", mask_table(sample.mask.cpu(), y[0], reader, names))
+    sample, drawn = drawing.counterfactual_batch(model, seed, range(args.count), 1, 500)
+    evaluate.print_table(f"masks of {args.cgn}", mask_table(sample.mask.cpu(), drawn[0], reader, names))
     spread = 127.5 * sample.foreground.flatten(2).std(dim=2).mean()
     print(f"deviation of a colour within one foreground: {spread:.1f} of 255", flush=True)
-    dataset = model.config["dataset"] if model.config["dataset"] in mnist_variants.NAMES else "wildlife"
     parts, (labels, *_) = mnist_variants.load_parts(dataset, "val", root=args.mnist)
     masks = parts.mask[:args.count] / 255
     evaluate.print_table("masks of real digits", mask_table(masks, labels[:args.count], reader, names))
@@ -863,24 +838,23 @@ def ensemble_main(args):
     made = round(args.ratio * args.batch, 6) if args.cgn or folders else 0
     if args.batch % ranks or made % ranks or args.ratio <= 0:
         raise ValueError(f"batch {args.batch}, ratio {args.ratio}: no whole numbers for {ranks} processes")
-    names, *others = map(mnist_variants.class_names, args.real)
+    names, *others = map(mnist_variants.class_folders, args.real)
     if any(other != names for other in others):
         raise ValueError(f"{', '.join(args.real)} have other subfolders")
     torch.manual_seed(seed)
     anew = args.weights == "random"
     weights = None if anew or args.dry_run else read_checkpoint(cgn.find_network(args.weights), other=True)
     model, made = build_ensemble({**vars(args), "names": names}, weights, not anew).to(device), int(made)
-    files, pictures = (list(itertools.chain(*map(mnist_variants.labelled_files, some)))
-                       for some in (args.real, folders))
+    files, pictures = list(itertools.chain(*map(mnist_variants.labelled_files, args.real))), []
     for folder in folders:
+        pictures += mnist_variants.labelled_files(folder)
         check_labels(folder, names, pictures)
     epoch = -(-len(files) // args.batch)
     period = args.save_every or epoch
     config = {**{name: getattr(args, name) for name in ENSEMBLE}, "names": names, "seed": seed,
               "bf16": args.bf16, "weights": Path(args.weights).name,
-              "cgn": args.cgn and cgn.file_hash(args.cgn),
-              "real": [str(Path(folder).resolve()) for folder in args.real],
-              "counterfactuals": [str(Path(folder).resolve()) for folder in folders],
+              "cgn": args.cgn and cgn.file_hash(args.cgn), "real": [*map(os.path.realpath, args.real)],
+              "counterfactuals": [*map(os.path.realpath, folders)],
               "steps": 2 if args.dry_run else args.epochs * epoch, "log_every": min(period, 50),
               "saves": (period,), "milestones": [epoch * number for number in args.milestones]}
 
@@ -901,11 +875,23 @@ def ensemble_main(args):
     train_ensemble(config, model, from_files(files, args.batch), counterfactual, args.out, device)
 
 
+def take_over(args, config):
+    """The textures of a CGN's training data where none are given, and their variance."""
+    args.textures = args.textures or config.get("textures")
+    args.variance = args.variance if config.get("variance") is None else config["variance"]
+
+
 def tables_main(args):
     """Tables 2 and 5, Figures 6 and 7, of MNIST variants."""
+    if args.label not in LABELS:
+        raise ValueError(f"label {args.label} is none of {', '.join(LABELS)}")
     given, back = args.cgn or args.counterfactuals, args.make == "table5" or args.label == "background"
     if args.cgn and not args.dataset:
-        args.dataset = [cgn.load(args.cgn).config["dataset"]]
+        config = cgn.load(args.cgn).config
+        if config.get("dataset") not in mnist_variants.NAMES:
+            raise ValueError(f"{args.cgn} is of no variant of MNIST: name the --dataset to test on")
+        args.dataset = [config["dataset"]]
+        take_over(args, config)
     args.dataset = args.dataset or [name for name in mnist_variants.NAMES if not back or name != "colored"]
     args.method = args.method or [name for name in [*METHODS][:-2]
                                   if not given or "cgn" in METHODS[name].batch]
@@ -913,16 +899,20 @@ def tables_main(args):
         raise ValueError("--dataset colored has no background label, which is needed here")
     if given and (len(args.dataset) > 1 or not {"cgn", "original+cgn"} & {*args.method}):
         raise ValueError(f"{given} is of one --dataset, and for --method cgn and original+cgn")
+    if len(args.counterfactuals or ()) > 1:
+        raise ValueError(f"--counterfactuals {' '.join(args.counterfactuals)}: of digits one file is read")
     check_output(args.runs / "results.jsonl")
     {"table5": table5, "figure6": figure6, "figure7": figure7}.get(args.make, table2)(args)
 
 
 # A command's preset, the option that it needs, others that it understands, and its function.
-MNIST = (TABLES, "", "dataset cgn counterfactuals textures runs dry_run bf16 method", tables_main)
+MNIST = "dataset textures runs dry_run"
 JUDGE = ({}, "checkpoint", "workers out", judge_main)
 COMMANDS = {
-    "table2": MNIST, "table5": MNIST, "figure7": MNIST,
-    "figure6": (TABLES, "", "dataset textures runs dry_run", tables_main),
+    "table2": (TABLES, "", f"{MNIST} bf16 cgn counterfactuals method", tables_main),
+    "table5": (TABLES, "", f"{MNIST} bf16 cgn counterfactuals", tables_main),
+    "figure6": (TABLES, "", MNIST, tables_main),
+    "figure7": (TABLES, "", f"{MNIST} bf16 cgn", tables_main),
     "mechanisms": (MECHANISMS, "cgn", "textures bf16", mechanisms_main),
     "variety": (VARIETY, "cgn", "", variety_main),
     "ensemble": (ENSEMBLE, "real", "dataset counterfactuals cgn workers out dry_run bf16", ensemble_main),
@@ -976,17 +966,19 @@ def choose(args):
     """Find the command, refuse what means nothing for it, fill in its preset, and run it."""
     data = args.dataset or ["wildlife", "colored"]
     name = args.make or next((name for name in COMMANDS if getattr(args, name, None)), None)
-    name = name or ("ensemble" if "imagenet" in data else "table2")
+    args.make = name = name or ("ensemble" if "imagenet" in data else "table2")
     preset, needed, more, run = COMMANDS[name]
     meaningful = {*preset, *more.split(), needed, name, "make", "set", "device", "threads"}
     meaningful -= {"variance"} if data == ["wildlife"] else set() if "wildlife" in data else {"textures"}
-    refuse_options(args, meaningful, f"{name} of {' '.join(data)}")
+    refuse_options(args, meaningful, " ".join([name, *(args.dataset or ())]))
     if needed and not getattr(args, needed):
         raise ValueError(f"{name} needs --{needed}")
+    if len(args.seeds or ()) > 1 and name not in ("table2", "table5", "figure7"):
+        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: {name} takes one")
     if "imagenet" in data and len(data) > 1:
         raise ValueError(f"--dataset {' '.join(data)}: imagenet goes alone")
-    settings = {"runs": RUNS, "out": RUNS / "ensemble" if name == "ensemble" else None,
-                "workers": min(4, os.cpu_count()), **preset}
+    settings = {"runs": cgn.RUNS, "out": cgn.RUNS / "ensemble" if name == "ensemble" else None,
+                "workers": min(4, os.cpu_count()), "mnist": str(mnist_variants.ROOT), **preset}
     override(settings, args.set)
     for key, value in settings.items():
         if getattr(args, key, None) is None:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 PREDICTIONS = ("prediction", "decision", "object_response", "shape", "texture", "background",
                "shape + texture", "average")
-Rows = list[dict[str, str]]  # a dictionary a row
+Rows = list[dict[str, str]]
 
 
 # ---------- accuracy, masks, Inception Score
@@ -49,18 +49,6 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     if values.min() < 0 or values.max() >= classes:
         raise ValueError(f"class {int(values.min())} or {int(values.max())} is not in 0..{classes - 1}")
     return torch.bincount(labels * classes + predictions, minlength=classes ** 2).reshape(classes, classes)
-
-
-def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 5) -> float:
-    """Fraction of labels (N,) among the k highest of scores (N, C). ValueError for none, k not in 1..C."""
-    _check(scores[:, 0], labels)
-    if not 1 <= k <= scores.shape[1]:
-        raise ValueError(f"the {k} highest of {scores.shape[1]} scores")
-    return _hit(scores.topk(k).indices, labels)
-
-
-def _hit(ranked: Tensor, labels: Tensor) -> float:
-    return (ranked == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -89,7 +77,8 @@ def pairwise_iou(masks: Tensor) -> float:
         raise ValueError(f"{len(masks)} masks make no pair: give a larger --count")
     flat = (masks > 0.5).flatten(1).float()
     both, area = flat @ flat.T, flat.sum(dim=1)
-    iou = both / (area[:, None] + area - both).clamp(min=1)
+    either = area[:, None] + area - both
+    iou = torch.where(either > 0, both / either, 1.0)
     return ((iou.sum() - iou.trace()) / (len(iou) * (len(iou) - 1))).item()
 
 
@@ -165,11 +154,6 @@ def imagenet9_map() -> list[int]:
     return [found.get(index, -1) for index in range(1000)]
 
 
-def imagenet9_accuracy(predictions: Tensor, labels: Tensor) -> float:
-    """Fraction of predictions (N,) in 0..999 that fall into their class (N,) of ImageNet-9, 0..8."""
-    return accuracy(torch.tensor(imagenet9_map())[predictions], labels)
-
-
 def bg_gap(accuracies: dict[str, float]) -> float:
     """Accuracy on mixed_same minus that on mixed_rand (Xiao et al., 2020). ValueError where one lacks."""
     try:
@@ -198,8 +182,6 @@ def shape_bias(decisions: Sequence[str], shape: Sequence[str], texture: Sequence
 
     Raises ValueError for sequences of different lengths, and where no decision hits either.
     """
-    if not len(decisions) == len(shape) == len(texture):
-        raise ValueError(f"{len(decisions)} decisions for {len(shape)} shapes and {len(texture)} textures")
     shape_hits, texture_hits = cue_conflict_hits(decisions, shape, texture)
     if not shape_hits + texture_hits:
         raise ValueError("no decision hits the shape or the texture: the shape bias is undefined")
@@ -208,7 +190,7 @@ def shape_bias(decisions: Sequence[str], shape: Sequence[str], texture: Sequence
 
 def cue_conflict_hits(decisions, shape, texture) -> tuple[int, int]:
     """How many decisions are the shape's category, how many the texture's, where the two differ."""
-    conflicts = [row for row in zip(decisions, shape, texture) if row[1] != row[2]]
+    conflicts = [row for row in zip(decisions, shape, texture, strict=True) if row[1] != row[2]]
     return sum(d == s for d, s, _ in conflicts), sum(d == t for d, _, t in conflicts)
 
 
@@ -305,9 +287,9 @@ def judge_imagenet(rows: Rows) -> dict[str, dict]:
     """
     result = {}
     for column, (labels, ranked) in _labelled(rows).items():
-        best = min(5, ranked.shape[1])
-        result[column] = {"samples": len(labels), "top-1": accuracy(ranked[:, 0], labels),
-                          f"top-{best}": _hit(ranked[:, :best], labels)}
+        best = ranked[:, :5]
+        result[column] = {"samples": len(labels), "top-1": accuracy(best[:, 0], labels),
+                          f"top-{best.shape[1]}": (best == labels[:, None]).any(dim=1).double().mean().item()}
     return result
 
 
@@ -337,14 +319,14 @@ def judge_imagenet9(rows: Rows) -> dict[str, dict[str, float]]:
 
     The gap needs mixed_same and mixed_rand. Raises ValueError for no variation, class or label 0..8.
     """
-    result = {column: {} for column in _columns(rows)}
+    result, classes = {column: {} for column in _columns(rows)}, torch.tensor(imagenet9_map())
     for variation in dict.fromkeys(row.get("variation") for row in rows):
         if not variation:
             raise ValueError("a row has no variation, such as mixed_same")
         held = [row for row in rows if row["variation"] == variation]
         labels = _numbers(held, "label", len(IMAGENET9)).squeeze(1)
         for column, accuracies in result.items():
-            accuracies[variation] = imagenet9_accuracy(_numbers(held, column)[:, 0], labels)
+            accuracies[variation] = accuracy(classes[_numbers(held, column)[:, 0]], labels)
     for accuracies in result.values():
         if {"mixed_same", "mixed_rand"} <= accuracies.keys():
             accuracies["BG-Gap"] = bg_gap(accuracies)
@@ -353,7 +335,7 @@ def judge_imagenet9(rows: Rows) -> dict[str, dict[str, float]]:
 
 def print_table(first: str, rows: dict[str, dict]) -> None:
     """Print {name: {column: value}} as Markdown: fractions in percent, all else as it is."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    columns = dict.fromkeys(column for row in rows.values() for column in row)
     print(f"| {first} | {' | '.join(map(str, columns))} |\n" + "|---" * (1 + len(columns)) + "|")
     for name, row in rows.items():
         cells = [row.get(column, "–") for column in columns]
@@ -366,11 +348,11 @@ def print_table(first: str, rows: dict[str, dict]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Judge tables of predictions.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--predictions", nargs=1, help="of classes: top-1, top-5, confusion")
-    what.add_argument("--cue-conflict", nargs="+", help="of categories: shape bias")
-    what.add_argument("--imagenet9", nargs=1, help="of variations: accuracies, BG-Gap")
-    what.add_argument("--inception-score", nargs=1, help="of probabilities: a column a class")
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--predictions", nargs=1, help="of classes: top-1, top-5, confusion")
+    add("--cue-conflict", nargs="+", help="of categories: shape bias")
+    add("--imagenet9", nargs=1, help="of variations: accuracies, BG-Gap")
+    add("--inception-score", nargs=1, help="of probabilities: a column a class")
     parser.add_argument("--splits", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", help="JSON file to write as well")

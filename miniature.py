@@ -7,19 +7,17 @@ pre-trained network of the paper is a small one:
     saliency    U-2-Net, for U-2-Net: digits whose textures are random, and their masks
     style       VGG16 with batch norm, for torchvision's: the labels of digit and both textures, each alone
     classifier  a CNN, for Inception: the teacher's digits; it gives the Inception Score
+    reader      the same CNN, for classify.py --make variety: bare masks
 
-    python miniature.py teacher saliency style classifier     # writes weights/mini-*.pth
-    python miniature.py reader                                # of bare masks, for classify.py --make variety
-    python miniature.py table1                                # Table 1: one loss off at a time
-    python miniature.py tables34                              # Tables 3 and 4: shape bias and BG-Gap
-    python miniature.py patches                               # appendix F: patches as large as their object
-    python miniature.py masks --cgn FILE                      # U-2-Net learns masks of digits from a CGN
+    python miniature.py teacher saliency style classifier reader  # into weights/
+    python miniature.py table1 tables34 patches                   # Tables 1, 3 and 4, and appendix F
+    python miniature.py masks --cgn FILE                          # U-2-Net learns masks of digits from a CGN
 """
 import argparse
 import itertools
 from functools import partial
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -56,8 +54,7 @@ ENSEMBLE = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "smo
             "log_every": 50, "saves": (1000,)}
 WORK = {                    # steps, and the options that mean something
     "teacher": (5500, "mnist out runs"), "saliency": (2000, "mnist out bf16"),
-    "style": (4000, "mnist out bf16"), "classifier": (4000, "mnist out bf16"),
-    "reader": (4000, "mnist out bf16"),
+    **dict.fromkeys(("style", "classifier", "reader"), (4000, "mnist out bf16")),
     "table1": (cgn.PRESETS["mini"]["steps"], "runs bf16"), "tables34": (2000, "mnist runs bf16"),
     "patches": (4000, "mnist bf16"), "masks": (2000, "mnist bf16 cgn textures")}
 DRAWS = {"table1": 5000, "tables34": 20_000, "patches": 2000, "masks": 20_000}      # images of each
@@ -71,21 +68,13 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
     generator, for `measure_statistics`. config: as TEACHER, with steps and seed.
 
     discriminator(x, y) -> scores judges `pack` images of a class at once, in 3 `pack` channels, and so sees
-    where the generated ones are all alike (PacGAN; Lin et al., 2018). Raises ValueError for a batch that
-    `pack` does not divide, and as `Run`.
+    where the generated ones are all alike (PacGAN; Lin et al., 2018). Raises ValueError as `Run`.
     """
     batch, pack, steps = config["batch"], config["pack"], config["steps"]
-    if batch % pack:
-        raise ValueError(f"a batch of {batch} images is not made of packs of {pack}")
     model, discriminator = model.to(device), discriminator.to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config["average"]))
-    optimizers = [torch.optim.Adam(network.parameters(), rate, betas=(0.5, 0.99), fused=True)
-                  for network, rate in ((model, config["lr"]), (discriminator, 2 * config["lr"]))]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
-                 for optimizer in optimizers]
-    parts = {"model": model, "average": average, "discriminator": discriminator}
-    for place, pair in enumerate(zip(optimizers, schedules)):
-        parts[f"optimizer{place}"], parts[f"schedule{place}"] = pair
+    parts = cgn.learners(model, average, discriminator, config["lr"], steps, fused=True)
+    optimizer_g, optimizer_d, *schedules = list(parts.values())[3:]
     batches = draw_batches(images, labels, model.noise, batch, pack, config["seed"])
 
     with Run(out, config, parts, images=batch) as run:
@@ -98,19 +87,19 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
             seen = packed(torch.cat([x, fake.detach()]) + noise, pack)
             real_score, fake_score = discriminator(seen, y_pack.repeat(2)).chunk(2)
             loss = relativistic_hinge(real_score, fake_score)
-            optimizers[1].zero_grad()
+            optimizer_d.zero_grad()
             loss.backward()
             run.check({"discriminator": loss}, discriminator.parameters())
-            optimizers[1].step()
+            optimizer_d.step()
 
             # Generator: generated images above real ones.
             discriminator.requires_grad_(False)
             fake_score = discriminator(packed(fake + noise[batch:], pack), y_pack)
             loss = relativistic_hinge(fake_score, real_score.detach())
-            optimizers[0].zero_grad()
+            optimizer_g.zero_grad()
             loss.backward()
             run.check({"generator": loss}, model.parameters())
-            optimizers[0].step()
+            optimizer_g.step()
             model.power_iteration()
             discriminator.requires_grad_(True)
             for schedule in schedules:
@@ -166,15 +155,11 @@ def measure_statistics(model: biggan.BigGAN, batches: int = 10, batch: int = 100
 
 # ---------- saliency, style and the classifier
 
-def saliency_loss(logits: Sequence[Tensor], target: Tensor) -> Tensor:
-    """Deep supervision: binary cross-entropy of every map's logits (N, 1, H, W) with target (N, 1, H, W) in
-    [0, 1], summed. A scalar."""
-    return sum(F.binary_cross_entropy_with_logits(logit, target) for logit in logits)
-
-
-def train_saliency(model: u2net.U2Net, images: Tensor, masks: Tensor, steps: int, seed: int = 0, *,
-                   device: str = "cpu", **how) -> u2net.U2Net:
-    """Train on uint8 images (N, 3, H, W) and masks (N, 1, H, W); how: as `classify.fit`."""
+def train_saliency(images: Tensor, masks: Tensor, steps: int, seed: int, *, device: str, **how
+                   ) -> u2net.U2Net:
+    """A small U-2-Net that learned from uint8 images (N, 3, H, W) and masks (N, 1, H, W); how: as
+    `classify.fit`."""
+    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
 
     def batches(step):
@@ -182,11 +167,11 @@ def train_saliency(model: u2net.U2Net, images: Tensor, masks: Tensor, steps: int
         x, m = (part[rows].to(device).float() / 255 for part in (images, masks))
         return u2net.normalise(x), m
 
-    def objective(model, batch, progress):
-        return saliency_loss(model.logits(batch[0]), batch[1])
+    def objective(model, batch, progress):      # of every map: deep supervision
+        return sum(F.binary_cross_entropy_with_logits(logit, batch[1]) for logit in model.logits(batch[0]))
 
-    optimizer = partial(classify.adam, lr=3e-3)
-    return classify.fit(model, batches, objective, steps, optimizer, device=device, **how)
+    return classify.fit(u2net.U2Net(SALIENCY), batches, objective, steps, partial(classify.adam, lr=3e-3),
+                        device=device, **how)
 
 
 def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, device: str = "cpu", **how
@@ -208,7 +193,8 @@ def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, de
         return F.cross_entropy(scores.float(), batch[1])
 
     optimizer = partial(classify.adam, lr=1e-3)
-    return classify.fit(model, batches, objective, steps, optimizer, device=device, **how)
+    model = classify.fit(model, batches, objective, steps, optimizer, device=device, **how)
+    return nn.ModuleDict({"features": model.features})
 
 
 def make(what, args, steps):
@@ -227,13 +213,13 @@ def make(what, args, steps):
                               args.runs / "mini-teacher", args.device)
         measure_statistics(model, seed=seed)
     elif what == "saliency":
-        model = train_saliency(u2net.U2Net(SALIENCY), images, parts.mask, steps, seed, **how)
+        model = train_saliency(images, parts.mask, steps, seed, **how)
     elif what == "style":
         model = train_style(images, torch.stack(labels, dim=1), steps, seed, **how)
     else:
         model = classify.train(READER, [(images, labels[0], classify.BATCH)], steps, seed, **how)
-    state, path = model.cpu().state_dict(), args.out / file_name(what)
-    save_state(path, {key: state[key] for key in state if what != "style" or key.startswith("features.")})
+    path = args.out / file_name(what)
+    save_state(path, dict(model.cpu().state_dict()))
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
@@ -246,8 +232,8 @@ def file_name(what):
 def table1(args, steps):
     """Table 1: a CGN with all losses, and one without each, trained where args.runs does not hold it; the
     sheets there show what each has lost."""
-    network = cgn.find_network(cgn.PRESETS["mini"]["inception"])
-    network, rows = classify.read_classifier(network).to(args.device), {}
+    network = classify.read_classifier(cgn.find_network(cgn.PRESETS["mini"]["inception"])).to(args.device)
+    rows = {}
     for off in (None, *cgn.WITHOUT):
         out = args.runs / (f"mini-without-{off}" if off else "mini")
         cgn.main(["--dataset=imagenet", "--mini", f"--out={out}", f"--seed={args.seed}", f"--steps={steps}",
@@ -259,17 +245,11 @@ def table1(args, steps):
     return rows
 
 
-def draw_parts(model: cgn.CGN, count: int, seed: int) -> tuple[list[Tensor], Tensor]:
-    """Masks, foregrounds and backgrounds (N, ..) uint8 of counterfactuals, and their labels (3, N). Masks are
-    rounded, as digits have hard edges."""
-    (m, f, b, *_), labels = drawing.counterfactual_batch(model, seed, range(count), per_shape=1, at_once=100)
-    return [part.cpu() for part in (255 * (m > 0.5).byte(), drawing.to_uint8(f), drawing.to_uint8(b))], labels
-
-
 def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | None, out: Path,
                    device: str = "cpu") -> classify.Ensemble:
-    """Three heads on a few real images and counterfactuals, each of three random parts of those `made`, see
-    `draw_parts`; or one head on real ones. config: as ENSEMBLE, with steps, milestones, seed, bf16."""
+    """Three heads on a few real images and counterfactuals, each of three random parts of those `made`: uint8
+    masks, foregrounds and backgrounds (N, ..), and labels (3, N); or one head on real ones. config: as
+    ENSEMBLE, with steps, milestones, seed, bf16."""
     seed, share = config["seed"], classify.METHODS["original+cgn" if made else "original"].batch["real"]
     torch.manual_seed(seed)
     model = classify.Ensemble(classify.Classifier(), 3 if made else 1).to(device)
@@ -287,30 +267,28 @@ def train_ensemble(config: dict, real: mnist_variants.Variant, made: tuple | Non
             yield cgn.compose(m, f, b), labels.gather(1, rows).T
 
     classify.train_ensemble(config, model, real_images, counterfactuals if made else None, out, device)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def tables34(args, steps):
     """Tables 3 and 4, with the CGN in args.runs/mini: shape bias, and accuracy on the test split in agreeing
     textures (mixed-same) and with any background (mixed-rand). Rows of the ensemble, of each head, and of the
     two whose BG-Gap the authors measure."""
     checkpoint, device, rows = args.runs / "mini" / "checkpoint.pt", args.device, {}
-    if not checkpoint.exists():
-        raise ValueError(f"{checkpoint} is missing: python miniature.py table1 makes it")
     model = cgn.load(checkpoint).to(device)
     load = partial(mnist_variants.load, DATASET, seed=args.seed, root=args.mnist)
     real, sets = load("train"), {kind: load("test", agreement=getattr(mnist_variants, kind.upper()))
                                  for kind in ("mixed_same", "mixed_rand", "cue_conflict")}
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.bf16):
-        drawn = draw_parts(model, DRAWS["tables34"], args.seed)
+        sample, labels = drawing.counterfactual_batch(model, args.seed, range(DRAWS["tables34"]), 1, 100)
+    parts = 255 * (sample.mask > 0.5).byte(), *map(drawing.to_uint8, sample[1:3])   # digits have hard edges
+    drawn = [part.cpu() for part in parts], labels
     config = {**ENSEMBLE, "steps": steps, "milestones": [steps // 2, 3 * steps // 4], "seed": args.seed,
               "bf16": args.bf16}
     heads = {"": [0, 1, 2], "/shape": [0], "/texture": [1], "/background": [2], "/shape + texture": [0, 1]}
     for name, made, kinds in ("real", None, {"": [0]}), ("real+CGN", drawn, heads):
-        source = {"made": [model.sha256, DRAWS["tables34"]]} if made else {}
-        with torch.enable_grad():
-            ensemble = train_ensemble({**config, **source}, real, made, args.runs / f"mini-{name}", device)
+        config["made"] = [model.sha256, DRAWS["tables34"]] if made else None
+        ensemble = train_ensemble(config, real, made, args.runs / f"mini-{name}", device)
         scores = {kind: torch.cat([ensemble(u2net.normalise(part.to(device).float() / 255)).cpu()
                                    for part in data.images.split(500)]) for kind, data in sets.items()}
         for head, some in kinds.items():
@@ -325,7 +303,6 @@ def tables34(args, steps):
 
 # ---------- masks without supervision, appendix F, and the command
 
-@torch.no_grad()
 def masks(args, steps):
     """How well masks of the test split's digits are found without a single true mask, as others judge theirs
     (Voynov et al., 2021): by a small U-2-Net that learned from images of --cgn and the masks in them, its
@@ -333,49 +310,47 @@ def masks(args, steps):
     chosen on the validation split. Beside them a U-2-Net that learned from true masks."""
     model = cgn.load(args.cgn).to(args.device)
     config, count = model.config, DRAWS["masks"]
-    if not model.independent or config["dataset"] not in mnist_variants.NAMES:
+    if not model.independent or config.get("dataset") not in mnist_variants.NAMES:
         raise ValueError(f"--cgn {args.cgn} draws no variant of MNIST by mechanisms, which is needed here")
     how = {"textures": args.textures or config["textures"], "root": args.mnist, "seed": config["seed"],
-           "variance": config["variance"] or mnist_variants.COLOR_VARIANCE}
+           "variance": mnist_variants.COLOR_VARIANCE if config["variance"] is None else config["variance"]}
     train, val, test = (mnist_variants.load_parts(config["dataset"], split, **how)[0]
                         for split in mnist_variants.SPLITS)
     pairs = {"true masks": (mnist_variants.compose(*train)[:count], train.mask[:count])}
-    for name in "counterfactuals", "images of one label":
-        u, y, arrangement = drawing.draw(model, config["seed"] + 1, range(count))
-        sample = model.make(u, y if name == "counterfactuals" else y[:1].expand(3, -1), arrangement, 500)
+    u, y, arrangement = drawing.draw(model, config["seed"] + 1, range(count))
+    for name, labels in ("counterfactuals", y), ("images of one label", y[:1].expand(3, -1)):
+        sample = model.make(u, labels, arrangement, 500)
         pairs[name] = drawing.to_uint8(sample.image), (255 * sample.mask).round().byte().cpu()
-    truth, rows = (test.mask > 127).float(), {}
+    truth, rows = test.mask > 127, {}
 
     def measure(predicted, threshold=0.5):
-        mask = (predicted > threshold).float()
+        mask = predicted > threshold
         return {"IoU": evaluate.mask_iou(mask, truth), "max F": evaluate.max_f(predicted, truth),
                 "pixels right": (mask == truth).double().mean().item()}
 
-    distance, true = border_distance(mnist_variants.compose(*val)), (val.mask > 127).float()
-    best = max(range(100), key=lambda k: evaluate.mask_iou((distance > k / 100).float(), true)) / 100
+    distance = border_distance(mnist_variants.compose(*val))
+    best = max(range(100), key=lambda k: evaluate.mask_iou(distance > k / 100, val.mask > 127)) / 100
     distance = border_distance(mnist_variants.compose(*test))
     rows[f"distance from the border's colour, above {best}"] = measure(distance, best)
     for name, (images, target) in pairs.items():
-        torch.manual_seed(args.seed)
-        with torch.enable_grad():
-            network = train_saliency(u2net.U2Net(SALIENCY), images, target, steps, args.seed, bf16=args.bf16,
-                                     device=args.device, report=name)
+        network = train_saliency(images, target, steps, args.seed, bf16=args.bf16, device=args.device,
+                                 report=name).requires_grad_(False)
         rows[name] = measure(torch.cat([network(u2net.normalise(x.to(args.device).float() / 255)).cpu()
                                         for x in mnist_variants.compose(*test).split(500)]))
     return rows
 
 
-def border_distance(images: Tensor, margin: int = 2) -> Tensor:
-    """How far each pixel of images (N, 3, H, W) uint8 is from the mean colour of the outermost `margin`
-    pixels of its image: (N, 1, H, W), 1 for the largest distance in the image."""
+def border_distance(images: Tensor) -> Tensor:
+    """How far each pixel of images (N, 3, H, W) uint8 is from the mean colour of the outermost 2 pixels of
+    its image: (N, 1, H, W), 1 for the largest distance in the image."""
     x = images.float()
-    border = F.pad(torch.zeros(x.shape[2] - 2 * margin, x.shape[3] - 2 * margin), (margin,) * 4, value=1) > 0
+    border = torch.ones(x.shape[2:], dtype=torch.bool)
+    border[2:-2, 2:-2] = False
     color = x[:, :, border].mean(dim=2)[:, :, None, None]
     distance = (x - color).square().sum(dim=1, keepdim=True).sqrt()
     return distance / distance.amax(dim=(2, 3), keepdim=True).clamp(min=1)
 
 
-@torch.no_grad()
 def patches(args, steps):
     """Appendix F: patch grids of digits in two sizes, of patches of one side and of some by the digit's size.
 
@@ -384,9 +359,8 @@ def patches(args, steps):
     """
     load = {"seed": args.seed, "root": args.mnist}
     train = mnist_variants.load(DATASET, "train", agreement=0.1, **load)
-    with torch.enable_grad():
-        reader = classify.train(READER, [(train.images, train.foreground, classify.BATCH)], steps, args.seed,
-                                bf16=args.bf16, device=args.device, report="reader")
+    reader = classify.train(READER, [(train.images, train.foreground, classify.BATCH)], steps, args.seed,
+                            bf16=args.bf16, device=args.device, report="reader").requires_grad_(False)
     parts, (_, label, _) = mnist_variants.load_parts(DATASET, "val", **load)
     mask, f, b, label = (part[:DRAWS["patches"]] for part in (*parts, label))
     f, b, side, rows = drawing.to_float(f), drawing.to_float(b), cgn.PRESETS["mini"]["patch"], {}
@@ -394,7 +368,7 @@ def patches(args, steps):
     for name, margin in (("whole", 0), ("half as high", mnist_variants.SIZE // 4)):
         m = F.pad(F.interpolate(mask, mnist_variants.SIZE - 2 * margin), (margin,) * 4).float() / 255
         by_size = cgn.relative_patch(m, side)
-        for patch, pixels in (side, f"{side}"), (by_size, f"by size, {by_size.float().mean():.1f}"):
+        for patch, pixels in (side, side), (by_size, f"by size, {by_size.float().mean():.1f}"):
             grid, share = (cgn.patch_grid(x, m, draws, patch)
                            for x in (cgn.compose(m, f, b), m.expand(-1, 3, -1, -1)))
             shown = cgn.compose(mask.float() / 255, grid, b).to(args.device)
@@ -432,10 +406,8 @@ def _main(args):
     one_process("the miniature")
     known = {word for what in args.what for word in WORK[what][1].split()}
     refuse_options(args, {"what", "steps", "seed", "device", "threads", *known}, " and ".join(args.what))
-    if args.steps is not None and args.steps < 1:
-        raise ValueError(f"--steps {args.steps}: must be at least 1")
     args.mnist, args.out = args.mnist or mnist_variants.ROOT, args.out or cgn.WEIGHTS
-    args.runs, args.device = args.runs or classify.RUNS, find_device(args.device)
+    args.runs, args.device = args.runs or cgn.RUNS, find_device(args.device)
     args.bf16 = bf16_pays(args.bf16, args.device)
     if "masks" in args.what and not args.cgn:
         raise ValueError("masks needs --cgn")

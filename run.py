@@ -455,6 +455,15 @@ def end_workers():
 
 
 @contextlib.contextmanager
+def one_line(what: str):
+    """Whatever a file or a network of others raises, as a ValueError of one line that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__} {' '.join(str(error).split())[:200]}") from None
+
+
+@contextlib.contextmanager
 def worker_errors():
     """A worker's error, and its death, which torch raises from a signal wherever we are, as a ValueError."""
     try:
@@ -484,9 +493,10 @@ def command(parser: argparse.ArgumentParser, main: Callable, argv: list[str] | N
     try:
         if getattr(args, "seed", None) is not None and not 0 <= args.seed < 2 ** 63:
             raise ValueError(f"--seed {args.seed}: must be in 0..2^63 - 1")
+        for name in ("steps", "threads"):
+            if getattr(args, name, None) is not None and getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if args.threads is not None:
-            if args.threads < 1:
-                raise ValueError(f"--threads {args.threads}: must be at least 1")
             os.environ["OMP_NUM_THREADS"] = str(args.threads)           # as if it had been set outside
             torch.set_num_threads(min(args.threads, os.cpu_count()))
         main(args)
