@@ -9,7 +9,7 @@ tables of predictions. Needs torch and no other file.
 A table is a CSV file in UTF-8 with a row a picture, as classify.py writes it. Its columns:
 
     file         the picture (or imagename); cue conflict's names tell shape and texture
-    label        a whole number, for ImageNet-9 0..8; counterfactuals have "shape label", "texture label" and
+    label        in 0..999, of ImageNet-9 0..8; counterfactuals have "shape label", "texture label" and
                  "background label" instead, each for the prediction of its name
     variation    of ImageNet-9: mixed_same, mixed_rand, ..
     PREDICTIONS  any of these: the best classes (up to five), spaces between, or a category
@@ -39,7 +39,7 @@ Rows = list[dict[str, str]]
 def accuracy(predictions: Tensor, labels: Tensor) -> float:
     """Fraction of predictions (N,) that equal labels (N,). ValueError for no samples or unequal counts."""
     _check(predictions, labels)
-    return (predictions == labels).double().mean().item()
+    return (predictions == labels).sum().item() / len(labels)
 
 
 def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
@@ -48,7 +48,7 @@ def confusion(predictions: Tensor, labels: Tensor, classes: int) -> Tensor:
     values = torch.cat([predictions, labels])
     if values.min() < 0 or values.max() >= classes:
         raise ValueError(f"class {int(values.min())} or {int(values.max())} is not in 0..{classes - 1}")
-    return torch.bincount(labels * classes + predictions, minlength=classes ** 2).reshape(classes, classes)
+    return torch.bincount(labels.long() * classes + predictions, minlength=classes ** 2).view(classes, -1)
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -59,13 +59,14 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     return values.mean().item(), values.std().item() if len(values) > 1 else 0.0
 
 
-def _check(predictions: Tensor, labels: Tensor) -> None:
-    if predictions.shape != labels.shape or labels.ndim != 1 or not len(labels):
-        raise ValueError(f"predictions {tuple(predictions.shape)}, labels {tuple(labels.shape)}: not (N,)")
+def _check(a: Tensor, b: Tensor, dims: int = 1) -> None:
+    if a.shape != b.shape or a.ndim != dims or not len(a):
+        raise ValueError(f"shapes {tuple(a.shape)}, {tuple(b.shape)}: unlike, empty or not of {dims} sizes")
 
 
 def mask_iou(a: Tensor, b: Tensor) -> float:
     """Mean intersection / union of two masks (N, 1, H, W), each true above 0.5; 1 where both are empty."""
+    _check(a, b, 4)
     a, b = a.flatten(1) > 0.5, b.flatten(1) > 0.5
     both, either = (a & b).sum(1), (a | b).sum(1)
     return torch.where(either > 0, both / either, 1.0).mean().item()
@@ -85,6 +86,7 @@ def pairwise_iou(masks: Tensor) -> float:
 def max_f(predicted: Tensor, true: Tensor, beta2: float = 0.3) -> float:
     """The best F of saliency maps (N, 1, H, W) in [0, 1] against masks, each true above 0.5, over 255
     thresholds: of the mean precision and the mean recall, beta^2 = 0.3 (Achanta et al., 2009)."""
+    _check(predicted, true, 4)
     p, t = predicted.flatten(1), true.flatten(1) > 0.5
     best = 0.0
     for threshold in range(255):
@@ -105,12 +107,12 @@ def inception_score(probabilities: Tensor, splits: int = 10, seed: int = 0) -> t
     if probabilities.ndim != 2 or not 1 <= splits <= len(probabilities):
         raise ValueError(f"{splits} splits of probabilities {tuple(probabilities.shape)}: N >= splits >= 1")
     generator = torch.Generator().manual_seed(seed)
-    p = probabilities.double()[torch.randperm(len(probabilities), generator=generator)]
-    if (p < 0).any() or not torch.allclose(p.sum(dim=1), torch.ones(len(p), dtype=p.dtype), atol=1e-3):
+    p = probabilities.cpu().double()[torch.randperm(len(probabilities), generator=generator)]
+    if (p < 0).any() or not torch.allclose(p.sum(dim=1), p.new_ones(len(p)), atol=1e-3):
         raise ValueError("no probabilities: a row is negative or does not sum to 1")
     scores = []
     for part in p.tensor_split(splits):
-        marginal = part.mean(dim=0, keepdim=True)
+        marginal = part.mean(dim=0)
         divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
         scores.append(divergence.sum(dim=1).mean().exp())
     scores = torch.stack(scores)
@@ -182,10 +184,10 @@ def shape_bias(decisions: Sequence[str], shape: Sequence[str], texture: Sequence
 
     Raises ValueError for sequences of different lengths, and where no decision hits either.
     """
-    shape_hits, texture_hits = cue_conflict_hits(decisions, shape, texture)
-    if not shape_hits + texture_hits:
+    by_shape, by_texture = cue_conflict_hits(decisions, shape, texture)
+    if not by_shape + by_texture:
         raise ValueError("no decision hits the shape or the texture: the shape bias is undefined")
-    return shape_hits / (shape_hits + texture_hits)
+    return by_shape / (by_shape + by_texture)
 
 
 def cue_conflict_hits(decisions, shape, texture) -> tuple[int, int]:
@@ -218,7 +220,7 @@ def read_probabilities(path: str | os.PathLike) -> Tensor:
 def _read_csv(path) -> list[list[str]]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # a byte order mark is no name
-            return [line for line in csv.reader(file) if line]
+            return [line for line in csv.reader(file, skipinitialspace=True) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is no CSV file ({error}); classify.py writes one") from None
 
@@ -323,7 +325,7 @@ def judge_imagenet9(rows: Rows) -> dict[str, dict[str, float]]:
     for variation in dict.fromkeys(row.get("variation") for row in rows):
         if not variation:
             raise ValueError("a row has no variation, such as mixed_same")
-        held = [row for row in rows if row["variation"] == variation]
+        held = [row for row in rows if row.get("variation") == variation]
         labels = _numbers(held, "label", len(IMAGENET9)).squeeze(1)
         for column, accuracies in result.items():
             accuracies[variation] = accuracy(classes[_numbers(held, column)[:, 0]], labels)

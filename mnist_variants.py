@@ -95,7 +95,7 @@ def read_mnist(train: bool, root: PathLike = ROOT) -> tuple[Tensor, Tensor]:
     root, split = Path(root), "train" if train else "t10k"
     if any((root / "MNIST" / "raw").glob("*.gz")):
         root = root / "MNIST" / "raw"
-    elif not any(root.glob("*.gz")):
+    elif not (root / f"{split}-images-idx3-ubyte.gz").exists():
         _download(root)
     images = _read_idx(root, f"{split}-images-idx3-ubyte")[16:]
     labels = _read_idx(root, f"{split}-labels-idx1-ubyte")[8:]
@@ -110,8 +110,7 @@ def _download(root: Path) -> None:
                 write_file(root / path.name, path.read_bytes())
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{root} holds no MNIST and none can be downloaded ({reason}): name another --mnist"
-                         ) from None
+        raise ValueError(f"{root} holds no MNIST, none downloaded ({reason}): name another --mnist") from None
 
 
 def _read_idx(folder: Path, name: str) -> Tensor:
@@ -187,8 +186,8 @@ def draw_textures() -> Tensor:
 def _patches(textures, labels, generator):
     """A random patch of each label's texture: (N, 3, 32, 32) uint8."""
     windows = textures.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (10, 3, 125, 125, 32, 32), a view
-    corner = torch.randint(windows.shape[2], (2, len(labels)), generator=generator)
-    return windows[labels, :, corner[0], corner[1]]
+    top, left = torch.randint(windows.shape[2], (2, len(labels)), generator=generator)
+    return windows[labels, :, top, left]
 
 
 # ---------- variants
@@ -218,7 +217,7 @@ def load_parts(name, split, agreement=None, seed=0, textures=None, variance=COLO
                          f"{', '.join(SPLITS)}")
     if agreement is None:
         agreement = 1.0 if split == "train" else 0.1
-    of_fore, of_back = agreement if isinstance(agreement, tuple) else (agreement, agreement)
+    of_fore, of_back = agreement if isinstance(agreement, (tuple, list)) else (agreement, agreement)
     if not (0 <= of_fore <= 1 and 0 <= of_back <= 1):
         raise ValueError(f"agreement {agreement}: must be in [0, 1]")
     if not 0 <= variance < math.inf or not 0 <= seed < 2 ** 62:
@@ -396,7 +395,7 @@ def write_file(path: PathLike, content: bytes | Callable) -> None:
         finally:
             partial.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise OSError(f"{path} could not be written ({reason}): what was there is intact") from None
 
 

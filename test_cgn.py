@@ -212,7 +212,7 @@ def test_the_papers_textures_are_scaled_padded_and_ordered_by_class():
     with Image.open(DTD / "images" / "veined" / "veined_0073.jpg") as picture:
         expected = np.array(picture.convert("RGB").resize((150, 150), Image.NEAREST))
     assert np.array_equal(textures[1, 2, :, 3:153, 3:153].permute(1, 2, 0).numpy(), expected)
-    assert torch.equal(textures[..., 0], textures[..., 6])  # reflected about column 3
+    assert torch.equal(textures[..., 0], textures[..., 6])
 
 
 def test_mnist_is_downloaded_once_or_one_line_says_why_not(tmp_path, monkeypatch):
@@ -785,6 +785,8 @@ def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path):
     Image.fromarray(hidden, "RGBA").save(tmp_path / "alpha.png")
     expected = np.where(grey > 100, grey, 255)
     assert np.array_equal(u2net.open_photo(tmp_path / "alpha.png"), np.stack([expected] * 3, 2))
+    Image.new("RGB", (20, 20)).save(tmp_path / "exif.png", exif=b"Exif\0\0broken")
+    assert u2net.open_photo(tmp_path / "exif.png").size == (20, 20)
     Image.new("RGB", (40, 15)).save(tmp_path / "flat.png")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
     for name, word in (("flat.png", "40 x 15"), ("huge.png", "10000 x 10000")):
@@ -795,7 +797,7 @@ def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path):
 def test_a_photo_becomes_a_mask_and_a_cutout_of_its_own_size_in_new_folders(tmp_path):
     photo, out, cut = tmp_path / "p.jpg", tmp_path / "a" / "mask.png", tmp_path / "b" / "cutout.png"
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to see it
+    exif[0x0112] = 6        # lies on its side
     Image.linear_gradient("L").resize((30, 20)).save(photo, exif=exif)
     works(u2net, photo, "--out", out, "--cutout", cut, "--device", "cpu")
     seen = u2net.open_photo(photo)
@@ -2182,7 +2184,7 @@ def test_each_head_is_judged_on_imagenet_and_imagenet9(imagenet_ensemble, tmp_pa
     for variation in ("mixed_rand/val", "mixed_same/val"):
         draw_pictures(in9 / variation, *(f"{label:02d}_name/0.png" for label in range(9)))
     draw_pictures(in9 / "mixed_same/val/04_name", "1.png")
-    (in9 / "fg_mask/val/00_name").mkdir(parents=True)               # as published: no pictures
+    (in9 / "fg_mask/val/00_name").mkdir(parents=True)       # as published
     said = classify_run(*command, "--imagenet9", in9)
     assert "| texture | 11.11 % | 20.00 % | 8.89 % |" in said       # bears are carnivores
     draw_pictures(in9 / "other/val/dog", "0.png")

@@ -6,6 +6,7 @@ Submodules are named as its keys. `open_photo` reads a person's pictures.
     python u2net.py photo.jpg --out mask.png --cutout object.png
 """
 import argparse
+import contextlib
 import hashlib
 import sys
 import tempfile
@@ -96,8 +97,8 @@ class U2Net(nn.Module):
         self.align_corners = align_corners
         for name, (i, mid, o), depth in zip(STAGES, stages, DEPTHS):
             setattr(self, name, Stage(i, mid, o, depth, name in DILATED, align_corners))
-        for number, stage in enumerate((10, 9, 8, 7, 6, 5), 1):
-            setattr(self, f"side{number}", nn.Conv2d(stages[stage][2], 1, 3, padding=1))
+        for number in range(1, 7):
+            setattr(self, f"side{number}", nn.Conv2d(stages[-number][2], 1, 3, padding=1))
         self.outconv = nn.Conv2d(6, 1, 1)
 
     def forward(self, x: Tensor, maps: bool = False) -> Tensor | tuple:
@@ -150,8 +151,8 @@ def load(source: str | Path | dict, *, align_corners: bool = False, frozen: bool
     for key, value in state.items():
         stored = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and (
             0 < value.nbytes <= value.untyped_storage().nbytes())
-        count = str(key).endswith("num_batches_tracked")
-        if not stored or not count and not value.is_floating_point() or not isinstance(key, str):
+        count = key.endswith("num_batches_tracked")
+        if not stored or not count and not value.is_floating_point():
             raise ValueError(f"{name}: {key} is no dense tensor of floating-point numbers, all stored")
         state[key] = value = value.detach().to(torch.long if count else torch.float, copy=True)
         low, high = value.aminmax()
@@ -176,8 +177,7 @@ def read_state(source: str | Path | dict) -> dict:
                 warnings.simplefilter("ignore")
                 state = torch.load(source, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-        parallel = all(isinstance(key, str) and key.startswith("module.") for key in state)
-        return {key[7:] if parallel else key: value for key, value in state.items()}
+        return {str(key).removeprefix("module."): value for key, value in state.items()}
     except Exception as error:  # whatever a hostile or broken file makes the reader raise
         reason = getattr(error, "strerror", None) or "it is damaged, or holds what could run code"
         raise ValueError(f"{source} is no state dict of tensors: {reason}") from None
@@ -199,8 +199,9 @@ def find_weights(path: str | Path) -> Path:
     path, table = Path(path), Path(__file__).with_name("weights.txt")
     if path.parent == Path(".") and not path.exists():
         path = table.parent / "weights" / path.name
-    rows = [line.split(" | ") for line in table.read_text().splitlines()] if table.exists() else []
-    _, size, sha256, _, address, _ = next((row for row in rows if row[0] == path.name), [""] * 6)
+    lines = table.read_text().splitlines() if table.exists() else ()
+    listed = {row[0]: row for row in (line.split(" | ") for line in lines) if len(row) == 6}
+    _, size, sha256, _, address, _ = listed.get(path.name, [""] * 6)
     remedy = f"put the {size} bytes of {address} there" if "://" in address else "name another file"
     try:
         if not path.exists() and "://" in address:
@@ -233,8 +234,10 @@ def open_photo(path: str | Path, smallest: int = SMALLEST) -> Image.Image:
             with Image.open(path) as photo:
                 (width, height), deep = photo.size, photo.format in ("PNG", "PPM") and photo.mode == "I"
                 if min(width, height) < smallest or width * height > LARGEST:
-                    raise ValueError(f"{width} x {height} pixels: scale it to {smallest} a side .. {LARGEST}")
-                photo = ImageOps.exif_transpose(photo)
+                    raise ValueError(f"{width} x {height} pixels: {smallest} a side to {LARGEST} in all fit")
+                photo.load()    # a picture that is cut off is refused here
+                with contextlib.suppress(Exception):    # broken EXIF: it stays as it lies
+                    photo = ImageOps.exif_transpose(photo)
             if deep or photo.mode.startswith("I;16"):   # convert() would cut 16 bits off at 255
                 photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
             if photo.mode in ("I", "F"):
@@ -253,7 +256,7 @@ def saliency(model: U2Net, photo: Image.Image, side: int = SIDE) -> Image.Image:
     as in U-2-Net's training: a dark photo has the mask of a bright one."""
     x = F_image.to_tensor(photo.resize((side, side), Image.BILINEAR, reducing_gap=3))
     x = normalise(x[None] / x.max().clamp(min=1 / 255))         # a black one stays black
-    mask = model(x.to(model.outconv.weight.device))[0].cpu()    # (1, side, side) in [0, 1]
+    mask = model(x.to(model.outconv.weight))[0].cpu()           # (1, side, side) in [0, 1]
     return F_image.to_pil_image(mask.mul(255).round().byte()).resize(photo.size, Image.BILINEAR)
 
 
@@ -305,14 +308,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.error(f"nothing is written: {error}")
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # of a poor console
+    if hasattr(sys.stdout, "reconfigure"):  # a console that lacks a sign; a notebook's has no such method
+        sys.stdout.reconfigure(errors="replace")
     main()
