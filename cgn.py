@@ -75,7 +75,7 @@ PRESETS = {
         "center": 10.0,             # weight of what lies off a mask's middle; falls to 0 over `warmup` steps
         "warmup": 1000,
         "mask": 10.0,               # weight of L_mask, equation 3 ..
-        "interval": (0.05, 0.4),    # .. which keeps a mask's mean in here (paper: 0.1 .. 0.9)
+        "interval": (0.05, 0.4),    # .. which keeps a mask's mean in here. DEVIATION: paper 0.1 .. 0.9
         "color": 10.0,              # weight of a class's mean colour in x_gen, and of borders' in b
         "margin": 2,                # outermost pixels that are background, see ShapeMechanism
         "shuffle": "shift",         # of textures' cells: authors' shift, or the paper's "puzzle"

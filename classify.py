@@ -257,7 +257,7 @@ METHODS = {
                    Unlearner),
     "original+gan": Method({"real": 32, "gan": 32}),
     "cgn": Method({"cgn": BATCH}),
-    # At half real images the classifier learns to tell them apart, and takes the easy way on these.
+    # DEVIATION: of half real images it learns to tell them apart, and takes the easy way on these.
     "original+cgn": Method({"real": 4, "cgn": 60}),
     "randomised": Method({"randomised": BATCH}),
     "recombined": Method({"recombined": BATCH}),

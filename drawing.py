@@ -318,20 +318,21 @@ def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
     """--counterfactuals: tensors in one file, or a folder of pictures; and a preview of the first."""
     pictures = model.resolution > mnist_variants.SIZE or args.parts
     default = "counterfactuals" if pictures else "counterfactuals.pt"
-    out, count, at_once = Path(args.out or HERE / default), args.counterfactuals, args.batch or 10
+    out, count = Path(args.out or HERE / default), args.counterfactuals
+    in_one = out.suffix == ".pt"
+    if in_one and args.parts:
+        raise ValueError(f"--parts are pictures, and --out {out} is a file of tensors: name a folder")
+    at_once = args.batch or (100 if in_one and model.resolution <= 64 else 10)
     per_shape = 10 if args.per_shape is None else args.per_shape
     preview = check_output(out.with_name(f"{out.stem}-preview.png"), args.checkpoint)
     few = counterfactuals(model, min(count, 100) // 10 * 10 or count, args.seed, per_shape, at_once).images
     few = few.unflatten(0, (-1, min(10, len(few))))
     save_sheet(model, preview, few, [str(10 * row) for row in range(len(few))],
                [f"the first of {count} counterfactuals, {per_shape} a shape"] * few.shape[1])
-    if out.suffix == ".pt":
+    if in_one:
         one_process("--counterfactuals into one file")
         if check_output(out, args.checkpoint).name == "checkpoint.pt":
             raise ValueError(f"--out {out}: a run's checkpoint has this name, and would be lost")
-        if args.parts:
-            raise ValueError(f"--parts are pictures, and --out {out} is a file of tensors: name a folder")
-        at_once = args.batch or (100 if model.resolution <= 64 else 10)
         data = counterfactuals(model, count, args.seed, per_shape, at_once)
         save_state(out, {**data._asdict(), "names": class_names(model), "seed": args.seed,
                          "per_shape": per_shape, "weights": model.sha256})
