@@ -67,11 +67,11 @@ def _columns(kinds: Sequence[str], rows: dict[str, tuple]) -> dict[str, dict]:
 # are all variants of MNIST, and own folders of pictures; chosen on validation splits.
 PRESETS = {
     "digits": {
-        "steps": 16_000,
-        "batch": 64,
+        "steps": 24_000,
+        "batch": 32,
         "lr": 4e-4,                 # Adam's, of the generator; the discriminator's is twice that
         "noise": 0.4,               # deviation of noise on all the discriminator sees; fades to 0
-        "binary": 0.3,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
+        "binary": 3.0,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
         "center": 10.0,             # weight of what lies off a mask's middle; falls to 0 over `warmup` steps
         "warmup": 1000,
         "mask": 10.0,               # weight of L_mask, equation 3 ..
@@ -693,11 +693,11 @@ def adversaries(config: dict, device: str) -> dict:
     return learners(model, average, discriminator, config["lr"], config["steps"])
 
 
-def learners(model: nn.Module, average: nn.Module, discriminator: nn.Module, lr: float, steps: int, **how
+def learners(model: nn.Module, average: nn.Module, discriminator: nn.Module, lr: float, steps: int
              ) -> dict[str, object]:
     """What an adversarial `Run` holds: the three, Adam for model and discriminator, whose rate is twice the
     model's, and how both fall to 0 in the second half."""
-    optimizers = [torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.99), **how)
+    optimizers = [torch.optim.Adam(network.parameters(), lr=rate, betas=(0.5, 0.99), fused=True)
                   for network, rate in ((model, lr), (discriminator, 2 * lr))]
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)))
                  for optimizer in optimizers]

@@ -73,7 +73,7 @@ def train_teacher(config: dict, model: biggan.BigGAN, discriminator: nn.Module, 
     batch, pack, steps = config["batch"], config["pack"], config["steps"]
     model, discriminator = model.to(device), discriminator.to(device)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config["average"]))
-    parts = cgn.learners(model, average, discriminator, config["lr"], steps, fused=True)
+    parts = cgn.learners(model, average, discriminator, config["lr"], steps)
     optimizer_g, optimizer_d, *schedules = list(parts.values())[3:]
     batches = draw_batches(images, labels, model.noise, batch, pack, config["seed"])
 
