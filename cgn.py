@@ -67,11 +67,11 @@ def _columns(kinds: Sequence[str], rows: dict[str, tuple]) -> dict[str, dict]:
 # are all variants of MNIST, and own folders of pictures; chosen on validation splits.
 PRESETS = {
     "digits": {
-        "steps": 24_000,
-        "batch": 32,
+        "steps": 16_000,
+        "batch": 64,
         "lr": 4e-4,                 # Adam's, of the generator; the discriminator's is twice that
         "noise": 0.4,               # deviation of noise on all the discriminator sees; fades to 0
-        "binary": 3.0,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
+        "binary": 0.3,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
         "center": 10.0,             # weight of what lies off a mask's middle; falls to 0 over `warmup` steps
         "warmup": 1000,
         "mask": 10.0,               # weight of L_mask, equation 3 ..
