@@ -621,7 +621,7 @@ class StyleFeatures(nn.ModuleList):
 
 def build(config: dict) -> CGN:
     """The untrained generator that a digits run's configuration names."""
-    classes, size = len(config["names"]), config.get("size", mnist_variants.SIZE)
+    classes, size = len(config["names"]), config["size"]
     if config["model"] == "gan":
         return MnistGAN(classes, size)
     return MnistCGN(classes, config["margin"], config["shuffle"], size)
