@@ -6,7 +6,7 @@ composer (equation 2; appendix B):
     m = f_shape(y_1, u_1)     f = f_text(y_2, u_2)     b = f_bg(y_3, u_3)     x_gen = m * f + (1 - m) * b
 
 Trained with one label for all three, sampled with a label for each, it draws images that no data set holds.
-Classifiers learn from them which part is which. Two models, called alike:
+A classifier that learns from them reads one part and ignores the others. Two models, called alike:
 
     MnistCGN     small networks trained adversarially on real images, nothing pre-trained (3.1)
     ImagenetCGN  three BigGAN-deep generators, the shape's behind a U-2-Net, that take the images of a frozen

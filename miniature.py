@@ -6,7 +6,7 @@ pre-trained network of the paper is a small one:
     teacher     BigGAN-deep, for BigGAN-deep-256: digits that always wear their class's textures
     saliency    U-2-Net, for U-2-Net: digits whose textures are random, and their masks
     style       VGG16 with batch norm, for torchvision's: the labels of digit and both textures, each alone
-    classifier  a CNN, for Inception: the teacher's digits; it gives the Inception Score
+    classifier  a CNN, for Inception: biased digits, as the teacher; it gives the Inception Score
     reader      the same CNN, for classify.py --make variety: bare masks
 
     python miniature.py teacher saliency style classifier reader  # into weights/
