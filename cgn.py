@@ -52,8 +52,8 @@ import evaluate
 import mnist_variants
 import u2net
 from drawing import MECHANISMS, SHEET_TRUNCATION, class_names, to_float, training_sheet
-from run import (Run, bf16_pays, command, find_device, in_turn, is_due, join_group, one_process, override,
-                 rank_and_world, read_checkpoint, refuse_options, rng, save_state)
+from run import (Run, bf16_pays, check_apart, command, find_device, in_turn, is_due, join_group, one_process,
+                 override, rank_and_world, read_checkpoint, refuse_options, rng, save_state)
 
 HERE = Path(__file__).parent       # of all default paths
 WEIGHTS, RUNS = HERE / "weights", HERE / "runs"
@@ -326,7 +326,7 @@ class CGN(nn.Module):
         background) -> Sample.
 
         arrangement (N, 2, cells) long; None draws one by torch's global generator. Raises ValueError for a
-        label outside 0..C-1 and for shapes that do not fit.
+        label outside 0..C-1 and for noise or weights of another width.
         """
         (u_1, u_2, u_3), (y_1, y_2, y_3) = triple(u), triple(y)
         if arrangement is None:
@@ -939,8 +939,9 @@ def build_parser() -> argparse.ArgumentParser:
     training.add_argument("--margin", type=int, help="outermost pixels that are background by construction")
     training.add_argument("--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="of a mask's mean")
     imagenet = parser.add_argument_group("ImageNet (section 3, C.3)")
-    imagenet.add_argument("--mini", action="store_true", help="the same on ten digits, in minutes")
-    imagenet.add_argument("--short", action="store_true", help="the authors' configuration file")
+    scale = imagenet.add_mutually_exclusive_group()
+    scale.add_argument("--mini", action="store_true", help="the same on ten digits, in minutes")
+    scale.add_argument("--short", action="store_true", help="the authors' configuration file")
     imagenet.add_argument("--without", nargs="+", choices=[*WITHOUT], help="losses to leave off (Table 1)")
     imagenet.add_argument("--truncation", type=float, help="of the noise (default: as in training, of sheets "
                           f"{SHEET_TRUNCATION})")
@@ -975,6 +976,7 @@ def _main(args: argparse.Namespace) -> None:
     dataset = args.dataset or "colored"
     imagenet = dataset == "imagenet"
     known = IMAGENET if imagenet else DIGITS | VARIANTS.get(dataset, FOLDER)
+    known = known - {"margin", "interval"} if args.model == "gan" else known
     refuse_options(args, known, f"--dataset {dataset}")
     name = Path(os.path.abspath(dataset)).name                              # of a link its own
     name = "mini" if args.mini else "imagenet-short" if args.short else name
@@ -999,7 +1001,7 @@ def configure(args: argparse.Namespace, kind: str, **more) -> dict:
         value = getattr(args, name)
         if value is not None:
             config[name] = tuple(value) if isinstance(value, list) else value
-    for name in ("steps", "batch", "accumulate", "warmup", "log_every"):
+    for name in ("steps", "batch", "accumulate", "warmup", "recency", "log_every"):
         if config.get(name, 1) < 1:
             raise ValueError(f"--{name} {config[name]}: must be at least 1")
     if not 0 <= config.get("margin", 0) < config.get("size", 32) // 2:
@@ -1014,8 +1016,8 @@ def configure(args: argparse.Namespace, kind: str, **more) -> dict:
         raise ValueError(f"--set shuffle={config['shuffle']}: shift or puzzle")
     if not config["saves"] or config["saves"][-1] < 1:
         raise ValueError(f"--set saves={config['saves']}: the last must be at least 1")
-    if set(config.get("without", ())) == set(WITHOUT):
-        raise ValueError(f"--without {' '.join(config['without'])}: no loss is left")
+    if not {*config.get("without", ())} < WITHOUT.keys():
+        raise ValueError(f"--without {' '.join(config['without'])}: some of {', '.join(WITHOUT)}, not all")
     return {**config, "steps": 2} if args.dry_run else config
 
 
@@ -1044,9 +1046,8 @@ def announce(config: dict, what: str, device: str, out: Path) -> None:
 
 def _digits(args: argparse.Namespace, dataset: str, out: Path) -> None:
     one_process(f"--dataset {dataset}")
-    place = out.resolve()
-    if dataset not in mnist_variants.NAMES and Path(dataset).resolve() in (place, *place.parents):
-        raise ValueError(f"--out {out} is in the folder that is read: choose another")
+    if dataset not in mnist_variants.NAMES:
+        check_apart(out, dataset)
     device = find_device(args.device)
     images, labels, names = load_images(dataset, args)
     data = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
@@ -1064,9 +1065,9 @@ def _imagenet(args: argparse.Namespace, kind: str, out: Path) -> None:
     device = join_group(args.device)
     gpu = device.startswith("cuda")
     config = configure(args, kind, model="imagenet", dataset=kind)
-    asked = args.bf16 or config["bf16"] or gpu and "bf16=False" not in (args.set or ())
-    config["bf16"] = bf16_pays(asked, device)
-    if gpu and args.batch is None:
+    given = {text.partition("=")[0] for text in args.set or ()}
+    config["bf16"] = bf16_pays(args.bf16 or config["bf16"] or gpu and "bf16" not in given, device)
+    if gpu and args.batch is None and "batch" not in given:
         config["batch"] = 0                                                 # as many as fit
     wanted = [config[name] for name in NETWORKS[:3]]
     if args.dry_run:
@@ -1151,6 +1152,8 @@ def _sample(args: argparse.Namespace, drawings: list[str]) -> None:
     device = find_device(args.device)
     model = load(args.checkpoint).to(device)
     if args.truncation is not None:
+        if model.config["model"] != "imagenet":
+            raise ValueError("--truncation means nothing for digits: leave it off")
         model.truncation = args.truncation
     elif what in ("sheet", "triples", "outputs"):
         model.truncation = SHEET_TRUNCATION

@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import re
 import tempfile
 import time
 from functools import lru_cache, partial
@@ -41,11 +40,12 @@ import drawing
 import evaluate
 import mnist_variants
 import u2net
-from run import (Items, Run, append_row, bf16_pays, check_output, command, find_device, join_group,
-                 one_line, one_process, override, rank_and_world, read_checkpoint, read_lines, refuse_options,
-                 rng, save_state, watched, worker_errors)
+from run import (Items, Run, append_row, bf16_pays, check_apart, check_output, command, find_device,
+                 join_group, one_line, one_process, override, rank_and_world, read_checkpoint, read_lines,
+                 refuse_options, rng, save_state, watched, worker_errors)
 
 LABELS = ("shape", "foreground", "background")
+COUNTERFACTUAL = 2 ** 36            # from here on counterfactuals have their random numbers, rng(seed, index)
 BATCH, BETA = 64, 4.0               # images of a step on MNIST (authors' code); of the beta-VAE
 
 # Every number of every command. Options override some of them, --set NAME=VALUE overrides any.
@@ -55,8 +55,9 @@ TABLES = {
     "seeds": [0, 1, 2], "label": "shape",       # of data, generator and classifier; what the last reads
     "variance": mnist_variants.COLOR_VARIANCE,
     "generator_steps": 0}           # of a missing CGN or GAN; 0: as in cgn.PRESETS
+FIGURE6 = {"steps": 12_000, "seeds": [0], "variance": mnist_variants.COLOR_VARIANCE}
 VARIETY = {"count": 2000, "seeds": [], "reader": "reader.pth"}
-MECHANISMS = {**TABLES, "count": 5000, "seeds": [], "splits": 10, "inception": ""}
+MECHANISMS = {**FIGURE6, "count": 5000, "seeds": [], "splits": 10, "inception": ""}
 ENSEMBLE = {                        # the paper's (C.4)
     "network": "resnet50", "weights": "resnet50-0676ba61.pth",      # torchvision's, or weights=random
     "heads": 3,                     # 1: a plain classifier
@@ -209,7 +210,7 @@ def lntl(model: Unlearner, batch: Batch, progress: float, *, reversal: float, en
     h, bins = model.classifier.features(x), color_bins(x)                           # (N, 3, 14, 14)
     loss = F.cross_entropy(model.classifier.rest(h).float(), y)
     found = model.colors(reverse_gradient(h, reversal)).transpose(1, 2)             # (N, 8, 3, 14, 14)
-    loss = loss + 3 * F.cross_entropy(found.float(), bins)                          # a sum over channels
+    loss = loss + sum(F.cross_entropy(found[:, :, k].float(), bins[:, k]) for k in range(3))
     model.colors.requires_grad_(False)
     p = model.colors(h).float().log_softmax(dim=2)
     model.colors.requires_grad_(True)
@@ -219,8 +220,8 @@ def lntl(model: Unlearner, batch: Batch, progress: float, *, reversal: float, en
 def color_bins(x: Tensor) -> Tensor:
     """What LNTL's head is to find in images (N, 3, H, W): 0..7 (N, 3, 14, 14), and -100 where they are
     black."""
-    small = F.interpolate(x, 14, mode="bilinear", antialias=True)
-    return torch.where(small > -1, ((small + 1) * 4).long().clamp(max=7), -100)
+    small = F.interpolate(x + 1, 14, mode="bilinear", antialias=True)               # of black exactly 0
+    return torch.where(small > 0, (small * 4).long().clamp(max=7), -100)
 
 
 def reverse_gradient(h: Tensor, reversal: float) -> Tensor:
@@ -246,7 +247,8 @@ class Method(NamedTuple):
     times: tuple[float, float] = (1, 1)
 
 
-# IRM: one image in twenty disagrees with its colour, one in 270 with both textures; only these teach shapes.
+# IRM: one image in twenty disagrees with its colour, one in 200 to 270 with both textures; only these teach
+# shapes.
 IRM = (partial(adam, lr=2e-3), Classifier, (3, 6))
 FIVE = {"0.9": 6, "0.925": 6, "0.95": 6, "0.975": 6, "1.0": 6}
 METHODS = {
@@ -304,7 +306,7 @@ def load_source(args, dataset, name, place, seed):
 def generated(args, dataset, kind, seed):
     """--counterfactuals, or images of --cgn, or of a CGN or GAN below --runs, which is trained first."""
     if kind == "cgn" and args.counterfactuals:
-        return read_counterfactuals(args.counterfactuals[0])
+        return drawing.read_counterfactuals(args.counterfactuals[0])
     checkpoint = args.cgn
     if kind == "gan" or not checkpoint:
         checkpoint = args.runs / f"{dataset}-{kind}-{seed}" / "checkpoint.pt"
@@ -315,16 +317,6 @@ def generated(args, dataset, kind, seed):
                   *["--bf16"] * args.bf16])
     print(f"drawing {args.count} images from {checkpoint}", flush=True)
     return drawing.counterfactuals(cgn.load(checkpoint).to(args.device), args.count, seed, args.per_shape)
-
-
-def read_counterfactuals(path: str) -> mnist_variants.Variant:
-    """A set of digits that cgn.py --counterfactuals wrote. ValueError for any other file."""
-    state = read_checkpoint(path, other=True)
-    with one_line(f"{path} is no set of digits that cgn.py --counterfactuals wrote"):
-        images, labels = state["images"], torch.stack([state[label] for label in LABELS])
-        assert images.shape == (labels.shape[1], 3, 32, 32) and images.dtype == torch.uint8
-        assert labels.dtype == torch.long and 0 <= labels.min() <= labels.max() < 10
-    return mnist_variants.Variant(images, *labels)
 
 
 def row_key(args, dataset, name, seed, label):
@@ -338,7 +330,8 @@ def row_key(args, dataset, name, seed, label):
     for kind in {"gan", "cgn"} & method.batch.keys():
         file = kind == "cgn" and (args.cgn or args.counterfactuals and args.counterfactuals[0])
         key["generator"] = cgn.file_hash(file) if file else [cgn.PRESETS["digits"], args.generator_steps]
-        key |= {"count": args.count, "per_shape": args.per_shape if kind == "cgn" else 1}
+        if kind == "gan" or not args.counterfactuals:
+            key |= {"count": args.count, "per_shape": args.per_shape if kind == "cgn" else 1}
     return json.loads(json.dumps(key))
 
 
@@ -569,21 +562,21 @@ def read_picture(path: str) -> Tensor:
         raise ValueError(f"{error}: remove it") from None
 
 
-def random_pictures(files, batch, side, seed, share, step):
+def random_pictures(files, batch, side, seed, share, stream, step):
     """A step's share of a batch of files, (path, labels): x (n, 3, side, side) uint8, labels (n, ..) long.
-    Drawn without replacement in each epoch, cropped and flipped, by seed and step alone."""
+    Drawn without replacement in each epoch, cropped and flipped, by seed, stream and step alone."""
     images, labels = [], []
     for position in range(step * batch, (step + 1) * batch)[share]:
         epoch, place = divmod(position, len(files))
-        path, label = files[permutation(len(files), seed, epoch)[place]]
-        images.append(crop_and_flip(read_picture(path), side, seed, position))
+        path, label = files[permutation(len(files), seed, stream + epoch)[place]]
+        images.append(crop_and_flip(read_picture(path), side, seed, stream + position))
         labels.append(label)
     return torch.stack(images), torch.tensor(labels)
 
 
 @lru_cache(maxsize=4)
-def permutation(count, seed, epoch):
-    return rng(seed, 2 ** 32 + epoch).permutation(count)
+def permutation(count, seed, index):
+    return rng(seed, 2 ** 32 + index).permutation(count)
 
 
 def crop_and_flip(picture: Tensor, side: int, seed: int, index: int) -> Tensor:
@@ -599,7 +592,7 @@ def drawn_pictures(model, batch, side, seed, per_shape, share, first):
     for step in itertools.count(first):
         part = range(step * batch, (step + 1) * batch)[share]
         sample, labels = drawing.counterfactual_batch(model, seed, part, per_shape)
-        yield torch.stack([crop_and_flip((x + 1) / 2, side, seed, 2 ** 36 + index)
+        yield torch.stack([crop_and_flip((x + 1) / 2, side, seed, COUNTERFACTUAL + index)
                            for index, x in zip(part, sample.image)]), labels.T
 
 
@@ -616,14 +609,13 @@ def judged_picture(paths, side, crop, index):
 
 @torch.no_grad()
 @worker_errors()
-def score(network: Callable, paths: Sequence[str], side: int, crop: bool = False, *, workers: int = 0,
-          device: str = "cpu") -> Tensor:
-    """What network(x), x (n, 3, side, side) in [0, 1], gives for pictures, on the CPU; see `judged_picture`.
-    Raises ValueError for no pictures, and for one that does not open."""
-    found, indices = [], range(len(paths))
-    items = Items(judged_picture, paths, side, crop).ahead(indices, workers, 50)
+def score(model: Ensemble, paths: Sequence[str], crop: bool = False, workers: int = 0) -> Tensor:
+    """An ensemble's scores (N, heads, C) of pictures, on the CPU; see `judged_picture`. Raises ValueError for
+    no pictures, and for one that does not open."""
+    found, indices, device = [], range(len(paths)), next(model.parameters()).device
+    items = Items(judged_picture, paths, model.config["side"], crop).ahead(indices, workers, 50)
     for _, x in zip(watched(indices[::50], "pictures"), items):
-        found.append(network(x.to(device).float() / 255).cpu())
+        found.append(model(u2net.normalise(x.to(device).float() / 255)).cpu())
     if not found:
         raise ValueError("there are no pictures to judge")
     return torch.cat(found)
@@ -633,10 +625,11 @@ def judge_main(args):
     """Judge --checkpoint on folders. The table of predictions, --out, has a column for each head, for the two
     without the background's (the authors' on ImageNet-9), and for all."""
     out = args.out and check_output(args.out, args.checkpoint)
+    if out:
+        check_apart(out, getattr(args, args.make))
     model = load_ensemble(args.checkpoint).to(args.device)
     rows = rows_to_judge(args, model.config["names"])
-    scores = score(lambda x: model(u2net.normalise(x)), [row["file"] for row in rows], model.config["side"],
-                   bool(args.imagenet), workers=args.workers, device=args.device)      # (M, heads, C)
+    scores = score(model, [row["file"] for row in rows], bool(args.imagenet), args.workers)
     columns = {"prediction": scores[:, 0]}
     if len(model.heads) == 3:
         columns = {**dict(zip(drawing.MECHANISMS, scores.unbind(1))), "average": scores.mean(dim=1),
@@ -658,7 +651,7 @@ def rows_to_judge(args, names):
     if args.imagenet:
         files, held = mnist_variants.labelled_files(args.imagenet), mnist_variants.class_names(args.imagenet)
         if len(files[0][1]) == 3:
-            check_labels(args.imagenet, names, files)
+            mnist_variants.check_labels(args.imagenet, names, files)
             columns = "file", "shape label", "texture label", "background label"
             return [dict(zip(columns, (file, *labels))) for file, labels in files]
         for name in {*held} - {*names}:
@@ -682,24 +675,12 @@ def rows_to_judge(args, names):
     return rows
 
 
-def check_labels(folder, names, files):
-    """Raises ValueError for counterfactuals of other classes than `names`, as far as the folder tells.
-    ImageNet's folders have WordNet numbers for names, in the order of a CGN's classes."""
-    held = mnist_variants.class_names(folder) or names
-    if held != names and not re.fullmatch(r"n\d{8}", names[0]):
-        raise ValueError(f"{folder} was drawn of {', '.join(held)[:60]}, not of {', '.join(names)[:60]}")
-    if any(len(labels) != 3 or not 0 <= min(labels) <= max(labels) < len(names) for _, labels in files):
-        raise ValueError(f"{folder} needs a labels.csv, of labels in 0..{len(names) - 1}")
-
-
 def say_main(args):
     """Print Figure 1's sentence about a photo, with each head's confidence."""
     model = load_ensemble(args.checkpoint).to(args.device)
     if len(model.heads) != 3:
         raise ValueError(f"{args.checkpoint} has one head: the sentence needs three")
-    names, side = model.config["names"], model.config["side"]
-    scores = score(lambda x: model(u2net.normalise(x)), [args.say], side, True, device=args.device)
-    found = scores[0].softmax(dim=1).max(dim=1)
+    names, found = model.config["names"], score(model, [args.say], True)[0].softmax(dim=1).max(dim=1)
     if len(names) == 1000:                  # folders have WordNet numbers, in torchvision's order
         names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     nouns = [names[index] for index in found.indices.tolist()]
@@ -758,19 +739,27 @@ def disentanglement(sample: cgn.Sample, labels: Tensor, real: Sequence[Tensor], 
 def mechanisms_main(args):
     """Of --cgn: Table 1's row where it is made of BigGANs, the 3 x 3 table where it draws digits."""
     model = cgn.load(args.cgn).to(args.device)
-    if not model.independent:
-        raise ValueError(f"{args.cgn} is a GAN's checkpoint: it has no mechanisms to measure")
-    config, digits = model.config, model.resolution == mnist_variants.SIZE
-    trained, imagenet = config.get("seed", 0), config["model"] == "imagenet"
+    imagenet, trained = model.config["model"] == "imagenet", model.config.get("seed", 0)
+    dataset = None if imagenet and model.resolution > mnist_variants.SIZE else digits_of(model, args.cgn)
     seed = args.seeds[0] if args.seeds else trained + 1
     print(f"{args.count} draws of seed {seed}; the training's was {trained}", flush=True)
     if imagenet:
-        file = args.inception or cgn.PRESETS["mini" if digits else "imagenet"]["inception"]
+        if args.count < args.splits:
+            raise ValueError(f"--count {args.count}: the Inception Score needs {args.splits}, one a split")
+        file = args.inception or cgn.PRESETS["mini" if dataset else "imagenet"]["inception"]
         network = read_classifier(cgn.find_network(file)).to(args.device)
         evaluate.print_table("Table 1", {args.cgn: table1_row(model, network, args.count, seed, args.splits)})
-    if digits:
-        take_over(args, config)
-        measure_digits(args, model, "wildlife" if imagenet else config["dataset"], trained, seed)
+    if dataset:
+        measure_digits(args, model, dataset, trained, seed)
+
+
+def digits_of(model, path):
+    """The variant of MNIST that a CGN draws by mechanisms. ValueError where it draws something else."""
+    dataset = "wildlife" if model.config["model"] == "imagenet" else model.config["dataset"]
+    if (not model.independent or model.resolution != mnist_variants.SIZE
+            or dataset not in mnist_variants.NAMES):
+        raise ValueError(f"{path} draws no digits by mechanisms, which are needed here")
+    return dataset
 
 
 def measure_digits(args, model, dataset, trained, seed):
@@ -790,10 +779,9 @@ def measure_digits(args, model, dataset, trained, seed):
     order = torch.randint(len(val), (args.count,), generator=torch.Generator().manual_seed(trained))
     mask, *textures = (part[order].to(args.device) for part in parts)
     real = [mask.float() / 255, *map(drawing.to_float, textures)]
-    u, y, arrangement = (drawn.to(args.device) for drawn in drawing.draw(model, seed, range(args.count)))
-    with torch.no_grad():
-        sample = model(tuple(u), y[0], arrangement)
-    table = disentanglement(sample, y[0], real, readers)
+    u, y, arrangement = drawing.draw(model, seed, range(args.count))
+    sample = model.make(u, y[:1].expand(3, -1), arrangement, 500)
+    table = disentanglement(sample, y[0].to(args.device), real, readers)
     evaluate.print_table("label read", {name: {part: f"{100 * value:.1f}" for part, value in zip("mfb", row)}
                                         for name, row in zip(LABELS, table.tolist())})
 
@@ -814,10 +802,7 @@ def mask_table(masks: Tensor, labels: Tensor, reader: nn.Module, names: Sequence
 def variety_main(args):
     """Judge the masks of --cgn and of its data set's real digits; say how mottled its foregrounds are."""
     model = cgn.load(args.cgn).to(args.device)
-    dataset = "wildlife" if model.config["model"] == "imagenet" else model.config["dataset"]
-    if (not model.independent or model.resolution != mnist_variants.SIZE
-            or dataset not in mnist_variants.NAMES):
-        raise ValueError(f"{args.cgn} draws no digits by mechanisms, which are needed here")
+    dataset = digits_of(model, args.cgn)
     reader, names = read_classifier(cgn.find_network(args.reader)), drawing.class_names(model)
     seed = args.seeds[0] if args.seeds else model.config.get("seed", 0) + 1
     sample, drawn = drawing.counterfactual_batch(model, seed, range(args.count), 1, 500)
@@ -838,6 +823,7 @@ def ensemble_main(args):
     made = round(args.ratio * args.batch, 6) if args.cgn or folders else 0
     if args.batch % ranks or made % ranks or args.ratio <= 0:
         raise ValueError(f"batch {args.batch}, ratio {args.ratio}: no whole numbers for {ranks} processes")
+    check_apart(args.out, *args.real, *folders)
     names, *others = map(mnist_variants.class_folders, args.real)
     if any(other != names for other in others):
         raise ValueError(f"{', '.join(args.real)} have other subfolders")
@@ -848,7 +834,7 @@ def ensemble_main(args):
     files, pictures = list(itertools.chain(*map(mnist_variants.labelled_files, args.real))), []
     for folder in folders:
         pictures += mnist_variants.labelled_files(folder)
-        check_labels(folder, names, pictures)
+        mnist_variants.check_labels(folder, names, pictures)
     epoch = -(-len(files) // args.batch)
     period = args.save_every or epoch
     config = {**{name: getattr(args, name) for name in ENSEMBLE}, "names": names, "seed": seed,
@@ -858,15 +844,14 @@ def ensemble_main(args):
               "steps": 2 if args.dry_run else args.epochs * epoch, "log_every": min(period, 50),
               "saves": (period,), "milestones": [epoch * number for number in args.milestones]}
 
-    def from_files(files, batch):
-        items = Items(random_pictures, files, batch, args.side, seed, slice(rank, None, ranks))
+    def from_files(files, batch, stream=0):
+        items = Items(random_pictures, files, batch, args.side, seed, slice(rank, None, ranks), stream)
         return lambda first: items.ahead(range(first, config["steps"]), args.workers)
 
-    counterfactual = from_files(pictures, made) if pictures else None
+    counterfactual = from_files(pictures, made, COUNTERFACTUAL) if pictures else None
     if args.cgn:
         drawer, share = cgn.load(args.cgn).to(device), slice(rank * made // ranks, (rank + 1) * made // ranks)
-        if drawer.classes != len(names):
-            raise ValueError(f"{args.cgn} draws {drawer.classes} classes: --real has {len(names)}")
+        mnist_variants.check_names(args.cgn, drawing.class_names(drawer), names)
         counterfactual = partial(drawn_pictures, drawer, made, args.side, seed, args.per_shape, share)
     if rank == 0:
         print(f"{args.network} with {args.heads} heads: {len(files)} real images, {len(names)} classes, "
@@ -875,23 +860,26 @@ def ensemble_main(args):
     train_ensemble(config, model, from_files(files, args.batch), counterfactual, args.out, device)
 
 
-def take_over(args, config):
-    """The textures of a CGN's training data where none are given, and their variance."""
-    args.textures = args.textures or config.get("textures")
-    args.variance = args.variance if config.get("variance") is None else config["variance"]
+def take_over(args):
+    """The textures and the variance of --cgn's training data, where none are given."""
+    config = read_checkpoint(args.cgn, other=True).get("config")            # the authors' has none
+    if isinstance(config, dict) and args.dataset in (None, [config.get("dataset")]):
+        for name in ("textures", "variance"):
+            if getattr(args, name) is None:
+                setattr(args, name, config.get(name))
 
 
 def tables_main(args):
     """Tables 2 and 5, Figures 6 and 7, of MNIST variants."""
-    if args.label not in LABELS:
-        raise ValueError(f"label {args.label} is none of {', '.join(LABELS)}")
-    given, back = args.cgn or args.counterfactuals, args.make == "table5" or args.label == "background"
+    label, given = getattr(args, "label", "shape"), args.cgn or args.counterfactuals
+    if label not in LABELS:
+        raise ValueError(f"label {label} is none of {', '.join(LABELS)}")
+    back = args.make == "table5" or label == "background"
     if args.cgn and not args.dataset:
         config = cgn.load(args.cgn).config
         if config.get("dataset") not in mnist_variants.NAMES:
             raise ValueError(f"{args.cgn} is of no variant of MNIST: name the --dataset to test on")
         args.dataset = [config["dataset"]]
-        take_over(args, config)
     args.dataset = args.dataset or [name for name in mnist_variants.NAMES if not back or name != "colored"]
     args.method = args.method or [name for name in [*METHODS][:-2]
                                   if not given or "cgn" in METHODS[name].batch]
@@ -911,7 +899,7 @@ JUDGE = ({}, "checkpoint", "workers out", judge_main)
 COMMANDS = {
     "table2": (TABLES, "", f"{MNIST} bf16 cgn counterfactuals method", tables_main),
     "table5": (TABLES, "", f"{MNIST} bf16 cgn counterfactuals", tables_main),
-    "figure6": (TABLES, "", MNIST, tables_main),
+    "figure6": (FIGURE6, "", MNIST, tables_main),
     "figure7": (TABLES, "", f"{MNIST} bf16 cgn", tables_main),
     "mechanisms": (MECHANISMS, "cgn", "textures bf16", mechanisms_main),
     "variety": (VARIETY, "cgn", "", variety_main),
@@ -941,8 +929,7 @@ def build_parser():
     add("--workers", type=int, help="processes that read pictures (default: up to 4)")
     add("--checkpoint", metavar="FILE", help="the ensemble that judges")
     add = parser.add_argument_group("what to make").add_mutually_exclusive_group().add_argument
-    add("--make", choices=("table2", "table5", "figure6", "figure7", "mechanisms", "variety"),
-        help="default: table2")
+    add("--make", choices=[*COMMANDS][:6], help="default: table2")
     add("--imagenet", metavar="FOLDER", help="top-1 and top-5: a subfolder a class, or counterfactuals")
     add("--cue-conflict", metavar="FOLDER", help="shape bias (Table 3)")
     add("--imagenet9", metavar="FOLDER", help="accuracies and BG-Gap (Table 4)")
@@ -970,13 +957,17 @@ def choose(args):
     preset, needed, more, run = COMMANDS[name]
     meaningful = {*preset, *more.split(), needed, name, "make", "set", "device", "threads"}
     meaningful -= {"variance"} if data == ["wildlife"] else set() if "wildlife" in data else {"textures"}
+    if name == "ensemble" and not args.cgn and not args.counterfactuals:
+        meaningful -= {"ratio"}
+    if name != "ensemble" and args.counterfactuals:
+        meaningful -= {"count"}                             # the file's are all read
     refuse_options(args, meaningful, " ".join([name, *(args.dataset or ())]))
     if needed and not getattr(args, needed):
         raise ValueError(f"{name} needs --{needed}")
-    if len(args.seeds or ()) > 1 and name not in ("table2", "table5", "figure7"):
-        raise ValueError(f"--seeds {' '.join(map(str, args.seeds))}: {name} takes one")
     if "imagenet" in data and len(data) > 1:
         raise ValueError(f"--dataset {' '.join(data)}: imagenet goes alone")
+    if args.cgn and name != "ensemble":
+        take_over(args)
     settings = {"runs": cgn.RUNS, "out": cgn.RUNS / "ensemble" if name == "ensemble" else None,
                 "workers": min(4, os.cpu_count()), "mnist": str(mnist_variants.ROOT), **preset}
     override(settings, args.set)
@@ -986,6 +977,12 @@ def choose(args):
         held = getattr(args, key)
         if key in ("steps", "count", "per_shape", "batch", "epochs", "side", "splits") and held < 1:
             raise ValueError(f"{key} {held}: must be at least 1")
+        if key == "heads" and held not in (1, 3) or key == "smoothing" and not 0 <= held <= 1:
+            raise ValueError(f"{key} {held}: must be {'1 or 3' if key == 'heads' else 'in 0..1'}")
+    seeds, several = args.seeds or [], name in ("table2", "table5", "figure7")
+    if (len(seeds) > 1 and not several or preset.get("seeds") and not seeds
+            or not all(0 <= seed < 2 ** 31 for seed in seeds)):
+        raise ValueError(f"seeds {seeds}: {name} takes {'some' if several else 'one'} in 0..2^31 - 1")
     if name != "ensemble":
         one_process(name)
     args.device = (join_group if name == "ensemble" else find_device)(args.device)

@@ -12,6 +12,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Callable, NamedTuple, Sequence
 
@@ -25,7 +26,8 @@ from torchvision.transforms import functional as F_image
 import biggan
 import mnist_variants
 import u2net
-from run import check_output, one_process, rng, save_state, watched
+from run import (check_apart, check_output, one_line, one_process, read_checkpoint, rng, save_state,
+                 watched)
 
 HERE = Path(__file__).parent        # of all default paths
 MECHANISMS = ("shape", "texture", "background")
@@ -64,7 +66,7 @@ def counterfactuals(model: nn.Module, count: int, seed: int = 0, per_shape: int 
     A pure function of (weights, seed, index): image i does not depend on `count`, nor, to float error, on
     `at_once`. A GAN gives plain samples, whose three labels agree. ValueError for a count below 1.
     """
-    check_counts(count, per_shape)
+    check_counts(count, per_shape, at_once)
     images = torch.empty(count, 3, model.resolution, model.resolution, dtype=torch.uint8)
     labels = torch.empty(3, count, dtype=torch.long)
     for start in watched(range(0, count, at_once), "counterfactuals"):
@@ -74,9 +76,9 @@ def counterfactuals(model: nn.Module, count: int, seed: int = 0, per_shape: int 
     return mnist_variants.Variant(images, *labels)
 
 
-def check_counts(count: int, per_shape: int) -> None:
-    if count < 1 or per_shape < 1:
-        raise ValueError(f"{count} images with {per_shape} per shape: both must be at least 1")
+def check_counts(count: int, per_shape: int, at_once: int) -> None:
+    if min(count, per_shape, at_once) < 1:
+        raise ValueError(f"{count} images, {per_shape} per shape, {at_once} at once: all must be at least 1")
 
 
 def write_counterfactuals(model: nn.Module, out: Path, count: int, seed: int = 0, per_shape: int = 10,
@@ -87,7 +89,7 @@ def write_counterfactuals(model: nn.Module, out: Path, count: int, seed: int = 0
     of torchrun share the work by RANK and WORLD_SIZE, and need not meet; what is there is not made again.
     Raises ValueError for a count or per_shape below 1 and for a folder of other settings.
     """
-    check_counts(count, per_shape)
+    check_counts(count, per_shape, at_once)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     settings = {"seed": seed, "per_shape": per_shape, "truncation": model.truncation, "bf16": bf16,
                 "weights": model.sha256, "names": class_names(model)}
@@ -251,12 +253,10 @@ def write_photos(model: nn.Module, folder: str | os.PathLike, out: Path, seed: i
     rng(seed, i). Raises ValueError for classes that the model does not know.
     """
     names, held = class_names(model), mnist_variants.class_folders(folder)
-    if (out / "labels.csv").exists():
-        raise ValueError(f"{out} holds a finished data set: choose another --out")
-    if len(held) > len(names):
-        raise ValueError(f"{folder} has {len(held)} subfolders: the CGN knows {len(names)} classes")
-    known = range(len(names))               # of all classes the order is the same, as of WordNet's numbers
-    if len(held) < len(names):
+    if (out / "labels.csv").exists() or (out / "settings.json").exists():
+        raise ValueError(f"{out} holds a data set: choose another --out")
+    known = [*range(len(names))]            # WordNet's numbers have the order of ImageNet's classes
+    if len(held) != len(names) or not re.fullmatch(r"n\d{8}", held[0]):
         known = [parse_classes(name, names, 1)[0] for name in held]
     rows, files, shown = ["file,shape,texture,background"], mnist_variants.labelled_files(folder), []
     step = -(-len(files) // 10)
@@ -271,7 +271,7 @@ def write_photos(model: nn.Module, folder: str | os.PathLike, out: Path, seed: i
         if index % step == 0:
             pair = F_image.pil_to_tensor(photo), image
             shown.append(torch.stack([F_image.resize(x, [model.resolution] * 2) for x in pair]))
-    settings = {"names": names if len(held) < len(names) else held, "seed": seed}
+    settings = {"names": held if known == [*range(len(names))] else names, "seed": seed}
     mnist_variants.write_file(out / "settings.json", json.dumps(settings).encode())
     mnist_variants.write_file(out / "labels.csv", ("\n".join(rows) + "\n").encode())
     return torch.stack(shown, dim=1)
@@ -325,20 +325,34 @@ def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
     at_once = args.batch or (100 if in_one and model.resolution <= 64 else 10)
     per_shape = 10 if args.per_shape is None else args.per_shape
     preview = check_output(out.with_name(f"{out.stem}-preview.png"), args.checkpoint)
-    few = counterfactuals(model, min(count, 100) // 10 * 10 or count, args.seed, per_shape, at_once).images
-    few = few.unflatten(0, (-1, min(10, len(few))))
-    save_sheet(model, preview, few, [str(10 * row) for row in range(len(few))],
-               [f"the first of {count} counterfactuals, {per_shape} a shape"] * few.shape[1])
     if in_one:
         one_process("--counterfactuals into one file")
         if check_output(out, args.checkpoint).name == "checkpoint.pt":
             raise ValueError(f"--out {out}: a run's checkpoint has this name, and would be lost")
+    if os.environ.get("RANK", "0") == "0":
+        few = min(count, 100) // 10 * 10 or count
+        few = counterfactuals(model, few, args.seed, per_shape, at_once).images
+        few = few.unflatten(0, (-1, min(10, len(few))))
+        save_sheet(model, preview, few, [str(10 * row) for row in range(len(few))],
+                   [f"the first of {count} counterfactuals, {per_shape} a shape"] * few.shape[1])
+    if in_one:
         data = counterfactuals(model, count, args.seed, per_shape, at_once)
         save_state(out, {**data._asdict(), "names": class_names(model), "seed": args.seed,
                          "per_shape": per_shape, "weights": model.sha256})
     else:
         write_counterfactuals(model, out, count, args.seed, per_shape, at_once, args.parts or (), args.bf16)
     print(f"wrote {out} and {preview}")
+
+
+def read_counterfactuals(path: str | os.PathLike) -> mnist_variants.Variant:
+    """The digits that `data_set` wrote into one file. Raises ValueError for any other file."""
+    state = read_checkpoint(path, other=True)
+    with one_line(f"{path} is no set of digits that cgn.py --counterfactuals wrote"):
+        images, *labels = (state[name] for name in mnist_variants.Variant._fields)
+        assert images.shape == (len(labels[0]), 3, 32, 32) and images.dtype == torch.uint8
+        labels = torch.stack(labels)
+        assert labels.dtype == torch.long and 0 <= labels.min() <= labels.max() < 10
+    return mnist_variants.Variant(images, *labels)
 
 
 def photo(args: argparse.Namespace, model: nn.Module, _: str) -> None:
@@ -353,8 +367,7 @@ def photo(args: argparse.Namespace, model: nn.Module, _: str) -> None:
              for text in (args.texture, args.background)]
     if Path(args.photo).is_dir():
         out = Path(args.out or HERE / "photos")
-        if out.resolve() == Path(args.photo).resolve():
-            raise ValueError(f"--out {out} is what is read: choose another folder")
+        check_apart(out, args.photo)
         shown = write_photos(model, args.photo, out, args.seed, *asked)
         preview, columns = out.with_name(f"{out.name}-preview.png"), [str(k) for k in range(shown.shape[1])]
         save_sheet(model, preview, shown, ["photo", "counterfactual"], columns)

@@ -322,6 +322,21 @@ def class_names(folder: PathLike) -> list[str] | None:
         raise ValueError(f"{path} is not what cgn.py wrote ({error})") from None
 
 
+def check_labels(folder: PathLike, names: list[str], files: list[tuple[str, tuple[int, ...]]]) -> None:
+    """Raises ValueError for files of counterfactuals, (path, labels), of other classes than `names`."""
+    check_names(folder, class_names(folder) or names, names)
+    if any(len(labels) != 3 or not 0 <= min(labels) <= max(labels) < len(names) for _, labels in files):
+        raise ValueError(f"{folder} needs a labels.csv, of labels in 0..{len(names) - 1}")
+
+
+def check_names(source: PathLike, drawn: list[str], names: list[str]) -> None:
+    """Raises ValueError for counterfactuals `drawn` of other classes than `names`. Only their number counts
+    where names are WordNet's, as those of ImageNet's folders, or where the drawn classes have none."""
+    ordered = re.fullmatch(r"n\d{8}", names[0]) or drawn[0] == "class 0"
+    if len(drawn) != len(names) or drawn != names and not ordered:
+        raise ValueError(f"{source} was drawn of {', '.join(drawn)[:60]}, not of {', '.join(names)[:60]}")
+
+
 def load_folder(folder: PathLike, size: int = SIZE) -> tuple[Tensor, Tensor, list[str]]:
     """Images (N, 3, R, R) uint8, labels (N,) long and class names of a folder with one subfolder a class.
 

@@ -271,7 +271,8 @@ def read_checkpoint(path: str | os.PathLike, mmap: bool = True, other: bool = Fa
         raise ValueError(f"{path} does not exist: train first, as python cgn.py does") from None
     except Exception as error:              # whatever a hostile or broken file makes the reader raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        if "weights" in reason.lower():     # torch's advice to read it all the same is not repeated
+        # Torch's advice to read it all the same is not repeated.
+        if "weights" in reason.lower() and not isinstance(error, OSError):
             reason = "it is damaged, or holds more than tensors and could run code"
     raise ValueError(f"{path} is no checkpoint ({reason}): name the checkpoint.pt of a run")
 
@@ -493,7 +494,7 @@ def command(parser: argparse.ArgumentParser, main: Callable, argv: list[str] | N
     try:
         if getattr(args, "seed", None) is not None and not 0 <= args.seed < 2 ** 63:
             raise ValueError(f"--seed {args.seed}: must be in 0..2^63 - 1")
-        for name in ("steps", "threads"):
+        for name in ("steps", "batch", "threads"):
             if getattr(args, name, None) is not None and getattr(args, name) < 1:
                 raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
         if args.threads is not None:
@@ -513,7 +514,10 @@ def command(parser: argparse.ArgumentParser, main: Callable, argv: list[str] | N
 
 
 def lost_process(error: RuntimeError) -> str:
-    """What to say where another process of the group has ended; other errors are raised again."""
+    """What to say where memory is full or another process of the group has ended; other errors are raised
+    again."""
+    if "can't allocate memory" in str(error):
+        return "memory is full: ask for fewer images, or give a smaller --batch"
     if not distributed.is_initialized() or not re.search("onnection|NCCL|gloo|pipe", str(error)):
         raise error
     return (f"another process of the run has ended ({str(error).splitlines()[0]}); the last checkpoint is "
@@ -523,7 +527,7 @@ def lost_process(error: RuntimeError) -> str:
 def refuse_options(args: argparse.Namespace, meaningful: Iterable[str], what: str) -> None:
     """Raises ValueError for an option that was given (its default is None) and means nothing for `what`."""
     for name, value in vars(args).items():
-        if value not in (None, False) and name not in meaningful:
+        if value is not None and value is not False and name not in meaningful:
             raise ValueError(f"--{name.replace('_', '-')} means nothing for {what}: leave it off")
 
 
@@ -538,10 +542,11 @@ def override(config: dict, values: Sequence[str] | None) -> None:
         old = config[name]
         try:
             new = value if isinstance(old, str) else ast.literal_eval(value)
-            if type(old)(new) != new:
+            parts, kind = (new, type(old[0])) if isinstance(old, (tuple, list)) and old else ((), None)
+            if type(old)(new) != new or [kind(part) for part in parts] != [*parts]:
                 raise ValueError
             config[name] = type(old)(new)
-        except (ValueError, TypeError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, OverflowError):
             raise ValueError(f"--set {text}: a value like {old!r} is needed") from None
 
 
@@ -550,8 +555,16 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
     path and for a folder or a device, OSError where the folder cannot be made."""
     path = Path(path)
     if path.resolve() in [Path(file).resolve() for file in inputs if file]:
-        raise ValueError(f"--out {path} is what is read: choose another name")
+        raise ValueError(f"{path} is what is read: choose another name for the output")
     if path.exists() and not path.is_file() or path.parent.is_file():
-        raise ValueError(f"--out {path} is no file, or in none: choose another name")
+        raise ValueError(f"{path} is no file, or not in a folder: choose another name for the output")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def check_apart(out: str | os.PathLike, *folders: str | os.PathLike) -> None:
+    """Raises ValueError for an output in a folder that is read."""
+    place = Path(out).resolve()
+    for folder in folders:
+        if Path(folder).resolve() in (place, *place.parents):
+            raise ValueError(f"--out {out} is in {folder}, which is read: choose another")

@@ -1011,7 +1011,8 @@ def test_a_name_with_a_value_overrides_with_the_type_that_is_there():
     config = {"lr": (1e-3, 1.0), "steps": 4, "noise": 0.4, "shuffle": "shift"}
     run.override(config, ["lr=1e-5,2.0", "steps=7", "noise=1", "shuffle=puzzle"])
     assert config == {"lr": (1e-5, 2.0), "steps": 7, "noise": 1.0, "shuffle": "puzzle"}
-    for text, word in (("nois=3", "mean noise"), ("steps=2.5", "like 7")):
+    for text, word in (("nois=3", "mean noise"), ("steps=2.5", "like 7"), ("steps=1e999", "like 7"),
+                       ("lr=('a',1)", "like")):
         with pytest.raises(ValueError, match=word):
             run.override(config, [text])
 
@@ -1690,6 +1691,7 @@ def test_written_tensors_are_what_counterfactuals_gives_beside_a_preview(hand, s
     assert same([held.pop(name) for name in data._fields], data)
     assert held == {"names": hand.config["names"], "seed": 2, "per_shape": 3, "weights": "hash"}
     assert sheets[2][0] == tmp_path / "set-preview.png" and torch.equal(sheets[2][1][0], data.images[:10])
+    monkeypatch.setitem(hand.config, "model", "imagenet")
     cgn_works(*command.split(), 1, *"--parts mask --bf16 --truncation 1 --out".split(), tmp_path / "set")
     assert json.loads((tmp_path / "set" / "settings.json").read_text())["bf16"] and hand.seen == (1, True)
 
@@ -1783,7 +1785,14 @@ MISTAKES = """\
 --margin 16 | 0..15
 --interval 0.9 0.1 | lower one first
 --seed 9223372036854775808 | 2^63
---dataset imagenet --mini --without shape text bg rec | no loss"""
+--dataset imagenet --mini --without shape text bg rec | not all
+--dataset imagenet --mini --set "without=('foo',)" | some of
+--dataset imagenet --mini --short | not allowed
+--dataset wildlife --variance 0 | means nothing
+--model gan --margin 5 | means nothing
+--set recency=-1 | at least 1
+--checkpoint HAND --truncation 0.5 | means nothing
+--checkpoint HAND --counterfactuals 5 --batch -5 | at least 1"""
 
 
 def test_mistakes_are_one_line(hand, tmp_path, monkeypatch, few_images):
@@ -1816,15 +1825,18 @@ def test_a_folder_of_photos_becomes_one_that_the_ensemble_trains_on(imagenet_che
     command = f"--checkpoint {imagenet_checkpoint} --seed 5 --texture any --background c --photo".split()
     cgn_works(*command, tmp_path / "in", "--out", out)
     files = mv.labelled_files(out)
-    classify.check_labels(out, drawing.class_names(model), files)
+    mv.check_labels(out, drawing.class_names(model), files)
     for index, ((path, labels), shape) in enumerate(zip(files, (1, 1, 3), strict=True)):
         u, y, _ = model.draw(run.rng(5, index))
         assert labels == (shape, y[1], 2)
         assert torch.equal(picture(path), drawing.recompose(model, photo, u, int(y[1]), 2))
     cgn_works(*command, tmp_path / "in" / "d" / "0.png", "--out", out / "one.png")
     assert torch.equal(picture(out / "one.png"), picture(files[0][0]))
-    cgn_refuses((*command, tmp_path / "in", "--out", tmp_path / "in"), "is what is read")
-    cgn_refuses((*command, tmp_path / "in", "--out", out), "finished")
+    cgn_refuses((*command, tmp_path / "in", "--out", tmp_path / "in" / "b"), "which is read")
+    cgn_refuses((*command, tmp_path / "in", "--out", out), "holds a data set")
+    for name in range(model.classes - 2):                       # as many as the CGN's, but others
+        mv.save_png(tmp_path / "in" / f"x{name}" / "0.png", photo)
+    cgn_refuses((*command, tmp_path / "in", "--out", tmp_path / "new"), "'x0' is neither")
 
 
 # ---------- classify
@@ -1908,6 +1920,7 @@ def test_lntl_as_published_by_hand():
     x[:, 0, :14], x[:, 1] = 0.999, -0.51
     bins = classify.color_bins(x)
     assert bins[0, :, 3, 3].tolist() == [7, 1, -100] and bins.shape == (2, 3, 14, 14)
+    assert (classify.color_bins(torch.full((1, 3, 32, 32), -1.0)) == -100).all()
     x, y = torch.rand(4, 3, 32, 32) * 2 - 1, torch.arange(4)
     with torch.no_grad():
         h, target = model.classifier.features(x), classify.color_bins(x)
@@ -1955,6 +1968,16 @@ def test_the_table_runs_end_to_end_and_is_not_computed_twice(tmp_path, few_image
     for number, more in enumerate(((), ("--bf16",), ("--variance", 0.1)), 4):
         assert len(rows("lntl", *more)) == number
     assert len(list(tmp_path.glob("colored-*/classifier.pth"))) == 6                # each is kept
+
+
+def test_a_cgn_is_judged_on_the_data_that_it_was_trained_on(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"config": {"dataset": "colored", "variance": 0.1, "textures": None}, "step": 1}, path)
+    for dataset, given, wanted in ((None, None, 0.1), (["colored"], None, 0.1), (["colored"], 0, 0),
+                                   (["double-colored"], None, None)):
+        args = types.SimpleNamespace(cgn=path, dataset=dataset, variance=given, textures=None)
+        classify.take_over(args)
+        assert args.variance == wanted
 
 
 def test_the_ceiling_recombines_ten_sets_of_a_seed(few_images):
@@ -2028,7 +2051,10 @@ def test_mistakes_with_classifiers_are_one_line(monkeypatch):
             ("--dataset colored --cgn x --method lntl", "x"), ("--make table5 --dataset colored", "label"),
             ("--dataset imagenet colored --real docs", "alone"), ("--make figure6 --seeds 0 1", "takes one"),
             ("--dataset colored --set label=texture", "label texture"),
-            ("--make table5 --method lntl", "--method"),
+            ("--make table5 --method lntl", "--method"), ("--make figure6 --count 7", "--count"),
+            ("--seeds -1", "seeds [-1]"), ("--make figure6 --set seeds=[]", "takes one"),
+            ("--dataset imagenet --real docs --ratio 3", "--ratio"),
+            ("--dataset colored --counterfactuals a --count 7", "--count"),
             ("--dataset colored --counterfactuals a b", "one file")):
         classify_refused(options.split(), word)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -2092,7 +2118,7 @@ def test_an_ensembles_heads_are_new_and_its_batch_norms_stay():
 
 def test_each_epoch_holds_every_picture_once(pictures):
     files = [(path, (k,)) for k, (path, _) in enumerate(mv.labelled_files(pictures / "made"))]
-    batches = partial(classify.random_pictures, files, 3, 32, 1, slice(None))
+    batches = partial(classify.random_pictures, files, 3, 32, 1, slice(None), 0)
     (x, y), (_, other) = batches(0), batches(1)
     assert torch.equal(torch.cat([y, other]).sort(dim=0).values[:, 0], torch.arange(6))
     assert not torch.equal(batches(2)[1], y) and torch.equal(batches(0)[0], x)
@@ -2202,7 +2228,8 @@ def test_pictures_of_the_networks_size_are_seen_whole(tmp_path):
     def white(side, crop):
         path = tmp_path / f"{side}.png"
         Image.fromarray(framed).resize((side, side), Image.NEAREST).save(path)
-        return (classify.score(lambda x: x, [path], 224, crop) == 1).float().mean().item()
+        picture = classify.judged_picture([path], 224, crop, 0)
+        return (picture == 255).float().mean().item()
 
     framed = np.full((224, 224, 3), 255, dtype=np.uint8)
     framed[14:-14, 14:-14] = 0
@@ -2216,8 +2243,12 @@ def test_mistakes_with_the_ensemble_are_one_line(pictures, imagenet_checkpoint):
 
     refused("vit_b_16", network="vit_b_16", weights="random")
     refused("ratio 0.3", "--ratio", 0.3)
-    refused("10 classes", "--cgn", imagenet_checkpoint)
-    refused("other subfolders", "--real", pictures / "real", pictures)
+    refused("was drawn of", "--cgn", imagenet_checkpoint)
+    refused("heads 4", heads=4)
+    refused("smoothing 2.0", smoothing=2)
+    classify_refused(ensemble_options(pictures, "real/run"), "which is read")
+    draw_pictures(pictures / "other", "ant/0.png")
+    refused("other subfolders", "--real", pictures / "real", pictures / "other")
     names = pictures / "made" / "settings.json"
     names.write_text('{"names": ["bee", "ant"]}')
     refused("bee, ant")
