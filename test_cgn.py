@@ -1368,7 +1368,7 @@ def test_a_folder_of_pictures_trains_like_a_variant_and_may_be_named_otherwise(t
     assert "border" not in logged(Path("run"))[0]
     shutil.copy("pictures/bar/0.png", "pictures/bar/2.png")
     cgn_refuses([*options, "pictures"], "another data")
-    cgn_refuses([*options, "pictures", "--out", "pictures/run"], "in the folder")
+    cgn_refuses([*options, "pictures", "--out", "pictures/run"], "which is read")
 
 
 # ---------- cgn: training on ImageNet
