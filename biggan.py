@@ -153,7 +153,7 @@ def _row(rows, truncation):
 
 
 class Block(nn.Module):
-    """Figure 16a's residual block: (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W)."""
+    """Figure 16b's residual block: (N, i, H, W) -> (N, o, H, W) or (N, o, 2H, 2W)."""
 
     def __init__(self, i, o, condition, double):
         super().__init__()
@@ -457,7 +457,7 @@ def run(args: argparse.Namespace) -> None:
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = gpu if args.device == "auto" else args.device
     if device not in (gpu, "cpu"):
-        raise ValueError(f"--device {device} is not here: choose {gpu} or cpu")
+        raise ValueError(f"--device {device} is not here: choose {' or '.join(sorted({gpu, 'cpu'}))}")
     out, shelf = Path(args.out).resolve(), Path(__file__).parent / "weights"
     weights = [Path(args.weights).resolve(), (shelf / args.weights).resolve()]
     if out.suffix.lower() != ".png" or out in weights or out.exists() and not out.is_file():
@@ -480,6 +480,8 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error) if isinstance(error, ValueError) else f"--out {args.out}: {error}")
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: give --device cpu")
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
 

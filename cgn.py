@@ -1127,7 +1127,7 @@ def find_networks(names: Sequence[str]) -> list[Path]:
     if missing:
         remedy = "--mini runs now, with networks that are here"
         if names[0] == PRESETS["mini"]["teacher"]:
-            remedy = "python miniature.py teacher saliency style makes them"
+            remedy = "the repository holds them: git checkout weights"
         raise ValueError(". ".join([*missing, remedy]))
     return found
 

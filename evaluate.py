@@ -201,8 +201,8 @@ def cue_conflict_hits(decisions, shape, texture) -> tuple[int, int]:
 def read_table(path: str | os.PathLike) -> Rows:
     """The rows of a CSV file. ValueError for what is none and for no row with a prediction."""
     names, *lines = _read_csv(path) or [[]]
-    if any(len(line) != len(names) for line in lines):
-        raise ValueError(f"{path} has rows with more or fewer cells than names")
+    if any(len(line) != len({*names}) for line in lines):
+        raise ValueError(f"{path} has a name twice, or rows with more or fewer cells")
     rows = [dict(zip(names, line)) for line in lines]
     _columns(rows, path)
     return rows
@@ -354,7 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--predictions", nargs=1, help="of classes: top-1, top-5, confusion")
     add("--cue-conflict", nargs="+", help="of categories: shape bias")
     add("--imagenet9", nargs=1, help="of variations: accuracies, BG-Gap")
-    add("--inception-score", nargs=1, help="of probabilities: a column a class")
+    add("--inception-score", nargs=1, help="of probabilities: a named column a class")
     parser.add_argument("--splits", type=int, default=10, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", help="JSON file to write as well")

@@ -9,9 +9,9 @@ pre-trained network of the paper is a small one:
     classifier  a CNN, for Inception: biased digits, as the teacher; it gives the Inception Score
     reader      the same CNN, for classify.py --make variety: bare masks
 
-    python miniature.py teacher saliency style classifier reader  # into weights/
-    python miniature.py table1 tables34 patches                   # Tables 1, 3 and 4, and appendix F
-    python miniature.py masks --cgn FILE                          # U-2-Net learns masks of digits from a CGN
+    python miniature.py teacher saliency style classifier reader --out made
+    python miniature.py table1 tables34 patches                 # Tables 1, 3 and 4, and appendix F
+    python miniature.py masks --cgn FILE                        # U-2-Net learns masks of digits from a CGN
 """
 import argparse
 import itertools
@@ -39,9 +39,8 @@ DATASET = "wildlife"
 GENERATOR = ((256, 256),) * 4 + ((256, 128), (128, 64))             # channels of BigGAN's blocks
 SALIENCY = ((3, 8, 16),) + ((16, 8, 16),) * 5 + ((32, 8, 16),) * 5  # channels of U-2-Net's stages
 STYLE = (16, 32, 64, 64)    # channels of VGG16's first four stages
-NOISE = 32                  # dimensions of the teacher's noise, and of its class embedding
-EMPTY = 5                   # every fifth picture for U-2-Net is bare: else it finds digits in textures, and
-                            # L_bg blurs these
+NOISE = 32  # dimensions of the teacher's noise, and of its class embedding
+EMPTY = 5   # every fifth picture for U-2-Net is bare: else it finds digits in textures, and L_bg blurs these
 TEACHER = {
     "batch": 64,
     "pack": 2,              # images that the discriminator sees at once; with one, digits become all alike
@@ -120,8 +119,7 @@ def packed(x: Tensor, pack: int) -> Tensor:
     return x.unflatten(0, (-1, pack)).flatten(1, 2)
 
 
-def draw_batches(images: Tensor, labels: Tensor, noise: int, batch: int, pack: int, seed: int
-                 ) -> Iterator[tuple[Tensor, ...]]:
+def draw_batches(images: Tensor, labels: Tensor, noise: int, batch: int, pack: int, seed: int) -> Iterator:
     """For each step x (N, 3, R, R), y (N,) in packs of a class, z (N, noise), and noise for 2 N images. It is
     one stream: a training that continues draws again, in seconds, what it has used."""
     generator = torch.Generator().manual_seed(seed)
@@ -174,7 +172,7 @@ def train_saliency(images: Tensor, masks: Tensor, steps: int, seed: int, *, devi
                         device=device, **how)
 
 
-def train_style(images: Tensor, labels: Tensor, steps: int, seed: int = 0, *, device: str = "cpu", **how
+def train_style(images: Tensor, labels: Tensor, steps: int, seed: int, *, device: str, **how
                 ) -> nn.Module:
     """VGG16 with batch norm up to its fourth pool, `features`, trained to read all three labels (N, 3) of
     uint8 images (N, 3, 32, 32); how: as `classify.fit`."""
@@ -220,7 +218,7 @@ def make(what, args, steps):
         model = classify.train(READER, [(images, labels[0], classify.BATCH)], steps, seed, **how)
     path = args.out / file_name(what)
     save_state(path, dict(model.cpu().state_dict()))
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {path}; weights.txt must list {cgn.file_hash(path)}")
 
 
 def file_name(what):
@@ -310,8 +308,9 @@ def masks(args, steps):
     chosen on the validation split. Beside them a U-2-Net that learned from true masks."""
     model = cgn.load(args.cgn).to(args.device)
     config, count = model.config, DRAWS["masks"]
-    if not model.independent or config.get("dataset") not in mnist_variants.NAMES:
-        raise ValueError(f"--cgn {args.cgn} draws no variant of MNIST by mechanisms, which is needed here")
+    if not model.independent or config.get("dataset") not in mnist_variants.NAMES or (
+            args.textures and not config["textures"]):
+        raise ValueError(f"--cgn {args.cgn} draws no variant of MNIST by mechanisms (in --textures)")
     how = {"textures": args.textures or config["textures"], "root": args.mnist, "seed": config["seed"],
            "variance": mnist_variants.COLOR_VARIANCE if config["variance"] is None else config["variance"]}
     train, val, test = (mnist_variants.load_parts(config["dataset"], split, **how)[0]
@@ -378,7 +377,7 @@ def patches(args, steps):
     return rows
 
 
-TABLES = {"table1": table1, "tables34": tables34, "patches": patches, "masks": masks}
+TABLES = {table.__name__: table for table in (table1, tables34, patches, masks)}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -412,7 +411,7 @@ def _main(args):
     if "masks" in args.what and not args.cgn:
         raise ValueError("masks needs --cgn")
     for what in {*args.what} - {*TABLES}:
-        check_output(args.out / file_name(what))
+        check_output(args.out / file_name(what), *args.out.glob(file_name(what)))
     for what in args.what:
         steps = args.steps or WORK[what][0]
         print(f"{what}: {steps} steps on {args.device}", flush=True)

@@ -89,13 +89,13 @@ class Variant(NamedTuple):
 def read_mnist(train: bool, root: PathLike = ROOT) -> tuple[Tensor, Tensor]:
     """MNIST's 60,000 or 10,000 images (N, 28, 28) uint8 and labels (N,) long; all callers share the tensors.
 
-    Reads the .gz files in `root` or torchvision's `root`/MNIST/raw; where there are none, downloads them.
+    Reads the files in `root` or torchvision's `root`/MNIST/raw, packed or not; downloads them if absent.
     Raises ValueError for a file that is missing or not MNIST's own.
     """
     root, split = Path(root), "train" if train else "t10k"
-    if any((root / "MNIST" / "raw").glob("*.gz")):
+    if any((root / "MNIST" / "raw").glob("*ubyte*")):
         root = root / "MNIST" / "raw"
-    elif not (root / f"{split}-images-idx3-ubyte.gz").exists():
+    elif not any(root.glob(f"{split}-images*")):
         _download(root)
     images = _read_idx(root, f"{split}-images-idx3-ubyte")[16:]
     labels = _read_idx(root, f"{split}-labels-idx1-ubyte")[8:]
@@ -114,10 +114,10 @@ def _download(root: Path) -> None:
 
 
 def _read_idx(folder: Path, name: str) -> Tensor:
-    path = folder / f"{name}.gz"
+    path = next(folder.glob(f"{name}*"), folder / f"{name}.gz")
     try:
-        with gzip.open(path) as file:
-            content = bytearray(file.read(48_000_000))  # the largest has 47,040,016 bytes
+        with (gzip.open if path.suffix else open)(path, "rb") as file:
+            content = bytearray(file.read(48_000_000))  # the largest: 47,040,016
         if hashlib.sha256(content).hexdigest() != MNIST_FILES[name]:
             raise OSError("its content has another SHA-256")
     except (OSError, EOFError, gzip.zlib.error) as error:
@@ -217,7 +217,7 @@ def load_parts(name, split, agreement=None, seed=0, textures=None, variance=COLO
                          f"{', '.join(SPLITS)}")
     if agreement is None:
         agreement = 1.0 if split == "train" else 0.1
-    of_fore, of_back = agreement if isinstance(agreement, (tuple, list)) else (agreement, agreement)
+    of_fore, of_back = agreement if isinstance(agreement, (tuple, list)) else [agreement] * 2
     if not (0 <= of_fore <= 1 and 0 <= of_back <= 1):
         raise ValueError(f"agreement {agreement}: must be in [0, 1]")
     if not 0 <= variance < math.inf or not 0 <= seed < 2 ** 62:
@@ -317,8 +317,9 @@ def class_names(folder: PathLike) -> list[str] | None:
         return class_folders(folder)
     path = Path(folder, "settings.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("names") if path.exists() else None
-    except (ValueError, AttributeError) as error:
+        names = json.loads(path.read_text(encoding="utf-8")).get("names") if path.exists() else None
+        return names and [*map(str, names)]
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not what cgn.py wrote ({error})") from None
 
 
@@ -364,7 +365,7 @@ def save_sheet(path: PathLike, images: Tensor, rows: list[str], columns: list[st
     gap, font = 2, ImageFont.load_default(12)
     rows, columns = list(map(_plain, rows)), list(map(_plain, columns))
     height, width = (side * scale + gap for side in images.shape[3:])
-    left = 8 + int(max(font.getlength(name) for name in rows))
+    left = 8 + int(max(map(font.getlength, rows)))
     sheet = Image.new("RGB", (left + len(columns) * width, 18 + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
     for c, name in enumerate(columns):
@@ -381,7 +382,7 @@ def save_sheet(path: PathLike, images: Tensor, rows: list[str], columns: list[st
 def _plain(text):
     """What the font has: 'é' as 'e', '→' as '->', what is not like ASCII as '?'."""
     signs = unicodedata.normalize("NFKD", text.replace("→", "->"))
-    signs = "".join(sign for sign in signs if not unicodedata.combining(sign))
+    signs = "".join(s for s in signs if not unicodedata.combining(s))
     return signs.encode("ascii", "replace").decode()
 
 
@@ -417,11 +418,12 @@ def write_file(path: PathLike, content: bytes | Callable) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Write a sheet of each MNIST variant.")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--textures", help="DTD's folder (default: textures are drawn)")
-    parser.add_argument("--mnist", default=ROOT, help="folder of .gz files (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=ROOT.parents[1] / "sheets", help="default: %(default)s")
+    add = parser.add_argument
+    add("--split", choices=SPLITS, default="train")
+    add("--textures", help="DTD's folder (default: textures are drawn)")
+    add("--mnist", default=ROOT, help="MNIST's folder (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=ROOT.parents[1] / "sheets", help="default: %(default)s")
     return parser
 
 

@@ -239,7 +239,9 @@ def open_photo(path: str | Path, smallest: int = SMALLEST) -> Image.Image:
                 with contextlib.suppress(Exception):    # broken EXIF: it stays as it lies
                     photo = ImageOps.exif_transpose(photo)
             if deep or photo.mode.startswith("I;16"):   # convert() would cut 16 bits off at 255
-                photo = Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
+                deep, clear = np.asarray(photo), photo.info.get("transparency", -1)
+                grey, alpha = (deep // 257).astype(np.uint8), 255 * (deep != clear).astype(np.uint8)
+                photo = Image.merge("LA", [Image.fromarray(band) for band in (grey, alpha)])
             if photo.mode in ("I", "F"):
                 raise ValueError(f"pixels of mode {photo.mode}, whose range is not known: save 8 or 16 bits")
             if photo.has_transparency_data:     # hidden pixels have no colour
@@ -280,7 +282,7 @@ def run(args: argparse.Namespace) -> None:
     gpu = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     device = gpu if args.device == "auto" else args.device
     if device not in (gpu, "cpu"):
-        raise ValueError(f"--device {device} is not here: choose {gpu} or cpu")
+        raise ValueError(f"--device {device} is not here: choose {' or '.join(sorted({gpu, 'cpu'}))}")
     photo, here = open_photo(args.photo), Path(__file__).parent
     known = [Path(path).resolve() for path in (args.photo, args.weights, here / "weights" / args.weights)]
     if not args.out and not args.cutout:
@@ -310,6 +312,8 @@ def main(argv: list[str] | None = None) -> None:
         run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except torch.OutOfMemoryError:
+        parser.error("the GPU's memory is full: give --device cpu")
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
 
