@@ -308,9 +308,10 @@ def masks(args, steps):
     chosen on the validation split. Beside them a U-2-Net that learned from true masks."""
     model = cgn.load(args.cgn).to(args.device)
     config, count = model.config, DRAWS["masks"]
-    if not model.independent or config.get("dataset") not in mnist_variants.NAMES or (
-            args.textures and not config["textures"]):
-        raise ValueError(f"--cgn {args.cgn} draws no variant of MNIST by mechanisms (in --textures)")
+    if not model.independent or config.get("dataset") not in mnist_variants.NAMES:
+        raise ValueError(f"--cgn {args.cgn} draws no variant of MNIST by mechanisms, which is needed here")
+    if args.textures and not config["textures"]:
+        raise ValueError(f"--textures means nothing for {args.cgn}, whose data had none: leave it off")
     how = {"textures": args.textures or config["textures"], "root": args.mnist, "seed": config["seed"],
            "variance": mnist_variants.COLOR_VARIANCE if config["variance"] is None else config["variance"]}
     train, val, test = (mnist_variants.load_parts(config["dataset"], split, **how)[0]

@@ -114,10 +114,10 @@ def _download(root: Path) -> None:
 
 
 def _read_idx(folder: Path, name: str) -> Tensor:
-    path = next(folder.glob(f"{name}*"), folder / f"{name}.gz")
+    path = folder / name if (folder / name).exists() else folder / f"{name}.gz"
     try:
         with (gzip.open if path.suffix else open)(path, "rb") as file:
-            content = bytearray(file.read(48_000_000))  # the largest: 47,040,016
+            content = bytearray(file.read(48_000_000))  # the largest has 47,040,016 bytes
         if hashlib.sha256(content).hexdigest() != MNIST_FILES[name]:
             raise OSError("its content has another SHA-256")
     except (OSError, EOFError, gzip.zlib.error) as error:

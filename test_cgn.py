@@ -609,8 +609,9 @@ def test_files_that_run_code_are_cut_off_or_of_another_network_are_one_line(tmp_
     torch.save({"config": Evil(tmp_path), "step": 1}, tmp_path / "evil")
     torch.save({"config": {}, "step": "x"}, tmp_path / "other")
     torch.save([1], tmp_path / "list")
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "linear")
     (tmp_path / "short").write_bytes((tmp_path / "other").read_bytes()[:500])
-    for name, load in itertools.product("evil other list short nowhere".split(),
+    for name, load in itertools.product("evil other list linear short nowhere".split(),
                                         (biggan.load, u2net.load, run.read_checkpoint)):
         with pytest.raises(ValueError, match=f"{tmp_path / name}(:| is no| does not)") as error:
             load(tmp_path / name)
