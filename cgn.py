@@ -70,7 +70,8 @@ PRESETS = {
         "steps": 16_000,
         "batch": 64,
         "lr": 4e-4,                 # Adam's, of the generator; the discriminator's is twice that
-        "noise": 0.4,               # deviation of noise on all the discriminator sees; fades to 0
+        "noise": 0.4,               # deviation of noise on all the discriminator sees, of 64 pixels twice
+                                    # that; fades to 0
         "binary": 0.3,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
         "center": 10.0,             # weight of what lies off a mask's middle; falls to 0 over `warmup` steps
         "warmup": 1000,
@@ -648,9 +649,10 @@ def train(config: dict, images: Tensor, labels: Tensor, out: Path, device: str =
             u = normal(generator, 3, batch, model.noise).to(device)
             arrangement = model.arrange(generator, batch).to(device)
             x, y = to_float(images[chosen].to(device)), labels[chosen].to(device)
-            # Instance noise (Sonderby et al., 2017): at first the discriminator is too good to teach.
+            # Instance noise (Sonderby et al., 2017): at first the discriminator is too good to teach. It
+            # averages over pixels: of four times as many, twice the noise has the same effect.
             noise = normal(generator, 2 * batch, *x.shape[1:]).to(device)
-            noise *= config["noise"] * (1 - step / config["steps"])
+            noise *= config["noise"] * config["size"] / mnist_variants.SIZE * (1 - step / config["steps"])
 
             # Discriminator: raise the score of real images, lower that of generated ones.
             with autocast():
