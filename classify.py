@@ -316,7 +316,9 @@ def generated(args, dataset, kind, seed):
         cgn.main([*(f"--{name}={value}" for name, value in options.items() if value is not None),
                   *["--bf16"] * args.bf16])
     print(f"drawing {args.count} images from {checkpoint}", flush=True)
-    return drawing.counterfactuals(cgn.load(checkpoint).to(args.device), args.count, seed, args.per_shape)
+    model = cgn.load(checkpoint).to(args.device)
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16):
+        return drawing.counterfactuals(model, args.count, seed, args.per_shape)
 
 
 def row_key(args, dataset, name, seed, label):
