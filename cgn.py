@@ -951,7 +951,7 @@ def build_parser() -> argparse.ArgumentParser:
     sampling.add_argument("--checkpoint", help="of a run, or the authors' cgn.pth; alone, it draws a sheet")
     sampling.add_argument("--counterfactuals", type=int, metavar="N", help="write N images with a label for "
                           "each mechanism: tensors where --out ends in .pt, else pictures in a folder")
-    sampling.add_argument("--per-shape", type=int, help="counterfactuals that share a shape (default: 10)")
+    sampling.add_argument("--per-shape", type=int, help="counterfactuals that share a shape (default: 1)")
     sampling.add_argument("--parts", nargs="+", choices=Sample._fields[:3], help="to write beside pictures")
     sampling.add_argument("--interpolate", choices=(*MECHANISMS, "all"), help="write a sheet of it")
     sampling.add_argument("--classes", nargs=2, metavar=("FROM", "TO"), help="of --interpolate")

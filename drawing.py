@@ -52,14 +52,14 @@ def draw(model: nn.Module, seed: int, indices: range, per_shape: int = 1) -> tup
     return u, y, arrangement
 
 
-def counterfactual_batch(model: nn.Module, seed: int, part: range, per_shape: int = 10,
+def counterfactual_batch(model: nn.Module, seed: int, part: range, per_shape: int = 1,
                          at_once: int | None = None) -> tuple[NamedTuple, Tensor]:
     """The counterfactuals `part`, N of them, a `Sample`, and their labels (3, N); see `draw`, `CGN.make`."""
     u, y, arrangement = draw(model, seed, part, per_shape)
     return model.make(u, y, arrangement, at_once), y
 
 
-def counterfactuals(model: nn.Module, count: int, seed: int = 0, per_shape: int = 10, at_once: int = 100
+def counterfactuals(model: nn.Module, count: int, seed: int = 0, per_shape: int = 1, at_once: int = 100
                     ) -> mnist_variants.Variant:
     """`count` counterfactual images with each mechanism's label, `per_shape` of them sharing one shape.
 
@@ -81,7 +81,7 @@ def check_counts(count: int, per_shape: int, at_once: int) -> None:
         raise ValueError(f"{count} images, {per_shape} per shape, {at_once} at once: all must be at least 1")
 
 
-def write_counterfactuals(model: nn.Module, out: Path, count: int, seed: int = 0, per_shape: int = 10,
+def write_counterfactuals(model: nn.Module, out: Path, count: int, seed: int = 0, per_shape: int = 1,
                           at_once: int = 10, parts: Sequence[str] = (), bf16: bool = False) -> None:
     """Write counterfactuals as a folder: 00000000.png and so on, and labels.csv when all are there.
 
@@ -323,7 +323,7 @@ def data_set(args: argparse.Namespace, model: nn.Module, _: str) -> None:
     if in_one and args.parts:
         raise ValueError(f"--parts are pictures, and --out {out} is a file of tensors: name a folder")
     at_once = args.batch or (100 if in_one and model.resolution <= 64 else 10)
-    per_shape = 10 if args.per_shape is None else args.per_shape
+    per_shape = 1 if args.per_shape is None else args.per_shape
     preview = check_output(out.with_name(f"{out.stem}-preview.png"), args.checkpoint)
     if in_one:
         one_process("--counterfactuals into one file")
