@@ -51,7 +51,7 @@ BATCH, BETA = 64, 4.0               # images of a step on MNIST (authors' code);
 # Every number of every command. Options override some of them, --set NAME=VALUE overrides any.
 TABLES = {
     "steps": 12_000,                # of a classifier; a method may take several times as many
-    "count": 100_000, "per_shape": 1,           # generated images, of which so many share a shape
+    "count": 400_000, "per_shape": 1,           # generated images, of which so many share a shape
     "seeds": [0, 1, 2], "label": "shape",       # of data, generator and classifier; what the last reads
     "variance": mnist_variants.COLOR_VARIANCE,
     "generator_steps": 0}           # of a missing CGN or GAN; 0: as in cgn.PRESETS

@@ -1951,7 +1951,7 @@ def test_settings_of_classifiers_are_the_papers():
     assert [*methods["irm-5"].batch] == ["0.9", "0.925", "0.95", "0.975", "1.0"]
     assert [*methods["original+gan"].batch.values()] == [32, 32] and classify.BATCH == 64
     assert methods["original"].optimizers.keywords == {"lr": 1.0, "decay": 0.7, "epochs": 10}
-    assert [tables[name] for name in ("seeds", "count", "per_shape")] == [[0, 1, 2], 100_000, 1]
+    assert [tables[name] for name in ("seeds", "count", "per_shape")] == [[0, 1, 2], 400_000, 1]
     wanted = {"network": "resnet50", "heads": 3, "batch": 256, "ratio": 1, "epochs": 70, "lr": 0.1,
               "momentum": 0.9, "weight_decay": 1e-4, "milestones": [30, 60], "decay": 0.001, "side": 224}
     assert {name: classify.ENSEMBLE[name] for name in wanted} == wanted
