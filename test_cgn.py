@@ -1358,15 +1358,14 @@ def silhouettes(folder, count=2, side=70):
 def test_a_folder_of_pictures_trains_like_a_variant_and_may_be_named_otherwise(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     silhouettes("pictures")
-    options = "--batch 4 --steps 2 --interval 0.1 0.9 --margin 0 --size 64 --out run --dataset".split()
+    options = ("--batch 4 --steps 2 --interval 0.1 0.9 --margin 0 --size 64 --set noise=5 --out run --dataset"
+               .split())
     seen, judge = [], cgn.Discriminator.forward
     with monkeypatch.context() as patch:
         patch.setattr(cgn.Discriminator, "forward",
                       lambda self, x, y: seen.append(x.std()) or judge(self, x, y))
-        assert "64 x 64 pixels" in cgn_works(*options, "pictures/", "--set", "noise=5")
+        assert "64 x 64 pixels" in cgn_works(*options, "pictures/")
     assert seen[0].item() == pytest.approx(2 * 5, rel=0.05)
-    shutil.rmtree("run")
-    cgn_works(*options, "pictures/")
     cgn_works(*options, tmp_path / "pictures")
     model = cgn.load("run/checkpoint.pt")
     assert (model.config["names"], model.config["interval"]) == (["bar", "cross", "disc"], (0.1, 0.9))
@@ -1991,7 +1990,8 @@ def test_the_ceiling_recombines_ten_sets_of_a_seed(few_images):
     assert len(made.images) == 2000 and torch.equal(made.images[200:400], second.images)
 
 
-def test_a_given_cgn_or_set_of_counterfactuals_trains_a_classifier(trained, tmp_path, few_images):
+def test_a_given_cgn_or_set_of_counterfactuals_trains_a_classifier(trained, tmp_path, few_images,
+                                                                   monkeypatch):
     checkpoint, file = trained / "checkpoint.pt", tmp_path / "set.pt"
     command = ("--steps", 2, "--seeds", 0, "--runs", tmp_path)
     said = classify_run(*command, "--cgn", checkpoint, "--count", 100)
@@ -2003,6 +2003,13 @@ def test_a_given_cgn_or_set_of_counterfactuals_trains_a_classifier(trained, tmp_
     assert (a["method"], b["method"]) == ("cgn", "original+cgn") and a["generator"] != b["generator"]
     run.save_state(file, {**data._asdict(), "shape": data.shape + 10})
     classify_refused(given, "no set of digits")
+    draw = drawing.counterfactuals
+    monkeypatch.setattr(classify, "bf16_pays", lambda wanted, device: wanted)
+    monkeypatch.setattr(drawing, "counterfactuals",
+                        lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or draw(*given))
+    for seen, more in (([], []), ([], ["--bf16"])):
+        classify_run(*command, "--cgn", checkpoint, "--count", 99, "--method", "cgn", *more)
+        assert seen == [bool(more)]
 
 
 def test_the_cause_is_looked_for_in_environments(tmp_path, monkeypatch):
