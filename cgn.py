@@ -70,7 +70,7 @@ PRESETS = {
         "steps": 16_000,
         "batch": 64,
         "lr": 4e-4,                 # Adam's, of the generator; the discriminator's is twice that
-        "noise": 0.4,               # deviation of noise on the discriminator's images, at 64 twice; fades to 0
+        "noise": 0.4,               # deviation of noise on the discriminator's images; fades to 0
         "binary": 0.3,              # weight of L_binary, equation 3; rises from 0 over `warmup` steps
         "center": 10.0,             # weight of what lies off a mask's middle; falls to 0 over `warmup` steps
         "warmup": 1000,
